@@ -1,0 +1,1 @@
+"""Trainers of the GDSO teacher and the RISD student."""
