@@ -1,1 +1,1 @@
-
+"""The demo student and the demo shards."""

@@ -1,1 +1,1 @@
-
+"""Engines: prompts in, level distributions out."""

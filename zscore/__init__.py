@@ -1,0 +1,1 @@
+"""zscore: text-to-image pictures as distributions over rubric levels."""
