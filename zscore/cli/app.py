@@ -1,0 +1,48 @@
+"""The Typer application: which commands there are, and how they are described."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from zscore.cli.score import score
+
+COMMANDS = {
+    "score": score,
+}
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+def build_app() -> typer.Typer:
+    """The application with all its commands."""
+    app = typer.Typer(
+        name="zscore",
+        help="Score text-to-image pictures as distributions over rubric levels, then decide from the scores.",
+        no_args_is_help=True,
+        rich_markup_mode=None,  # importing rich for help costs twice what typer itself does
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        context_settings=CONTEXT,
+    )
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+        ] = False,
+    ) -> None:
+        del version
+
+    for name, command in COMMANDS.items():
+        app.command(name, context_settings=CONTEXT)(command)
+    return app
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version  # noqa: PLC0415
+
+        typer.echo(f"zscore {version('zscore-reward')}")
+        raise typer.Exit

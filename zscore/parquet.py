@@ -1,0 +1,139 @@
+"""The scores table: its schema, its metadata, writing it without ever showing half a file, reading it back.
+
+Layout of arrays: D dimensions, K levels. The schema is derived from the rubric, so every file carries its own
+description: file metadata key `zscore` holds a JSON object (see `docs/formats.md`).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zscore.errors import TableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import IO
+
+    from zscore.records import ScoreRow
+    from zscore.rubrics.rubric import Rubric
+
+METADATA_KEY = b"zscore"
+# 4096 rows are about 3 MB in memory, so a shard of any size is written in constant memory.
+ROWS_PER_BATCH = 4096
+# Parts are small; the final file wants row groups that readers can skip by.
+ROWS_PER_GROUP = 65_536
+
+BASE_FIELDS = (
+    pa.field("shard", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+    pa.field("index", pa.int32(), nullable=False),
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("prompt", pa.string(), nullable=False),
+    pa.field("group", pa.string(), nullable=False),
+    pa.field("status", pa.dictionary(pa.int8(), pa.string()), nullable=False),
+    pa.field("error", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("sha256", pa.string()),
+)
+
+
+def score_schema(dimensions: Sequence[str], levels: int) -> pa.Schema:
+    """Schema of a scores file.
+
+    Args:
+        dimensions: the rubric's dimension names, D of them.
+        levels: K, the length of each `*_probs` list.
+    """
+    fields = [*BASE_FIELDS, pa.field("overall", pa.float32())]
+    for name in dimensions:
+        fields.append(pa.field(name, pa.float32()))
+        fields.append(pa.field(f"{name}_std", pa.float32()))
+        fields.append(pa.field(f"{name}_entropy", pa.float32()))
+        fields.append(pa.field(f"{name}_probs", pa.list_(pa.float32(), levels)))
+    return pa.schema(fields)
+
+
+def rows_to_table(rows: Sequence[ScoreRow], rubric: Rubric) -> pa.Table:
+    """Rows as a table; score columns are null where a row has no scores."""
+    schema = score_schema(rubric.names, len(rubric.levels))
+    columns: dict[str, list[Any]] = {field.name: [getattr(row, field.name) for row in rows] for field in BASE_FIELDS}
+    columns["status"] = [str(row.status) for row in rows]
+    scores = [row.scores for row in rows]
+    columns["overall"] = [None if s is None else float(s.mean_D.mean(dtype="float64")) for s in scores]
+    for d, name in enumerate(rubric.names):
+        columns[name] = [None if s is None else s.mean_D[d] for s in scores]
+        columns[f"{name}_std"] = [None if s is None else s.std_D[d] for s in scores]
+        columns[f"{name}_entropy"] = [None if s is None else s.entropy_D[d] for s in scores]
+        columns[f"{name}_probs"] = [None if s is None else s.probs_DK[d] for s in scores]
+    return pa.table({field.name: pa.array(columns[field.name], type=field.type) for field in schema}, schema=schema)
+
+
+class TableWriter:
+    """Streams tables into one parquet file; metadata that is only known at the end goes to `close`."""
+
+    def __init__(self, sink: IO[bytes], schema: pa.Schema, *, group_rows: int = ROWS_PER_GROUP) -> None:
+        self._writer = pq.ParquetWriter(sink, schema, compression="zstd")
+        self._schema = schema
+        self._group_rows = group_rows
+        self._pending: list[pa.Table] = []
+        self._pending_rows = 0
+        self.rows = 0
+
+    def write(self, table: pa.Table) -> None:
+        """Append; rows leave memory once a row group is full."""
+        self._pending.append(table.cast(self._schema))
+        self._pending_rows += table.num_rows
+        self.rows += table.num_rows
+        if self._pending_rows >= self._group_rows:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending_rows:
+            # Chunks from several parts have a dictionary each; one row group wants one.
+            self._writer.write_table(pa.concat_tables(self._pending).unify_dictionaries().combine_chunks())
+        self._pending, self._pending_rows = [], 0
+
+    def close(self, metadata: dict[str, Any]) -> None:
+        """Write the rest and the footer."""
+        self._flush()
+        self._writer.add_key_value_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+
+def read_metadata(source: Any, where: str) -> dict[str, Any]:
+    """The `zscore` metadata of a parquet file (path or file object).
+
+    Raises:
+        TableError: not parquet, or not written by zscore.
+    """
+    try:
+        raw = (pq.read_metadata(source).metadata or {}).get(METADATA_KEY)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise TableError(f"{where} can't be read as parquet: {str(error).splitlines()[0]}") from error
+    if raw is None:
+        raise TableError(f"{where} has no zscore metadata: it isn't a scores file (made by `zscore score`)")
+    metadata: dict[str, Any] = json.loads(raw)
+    return metadata
+
+
+def copy_batches(source: Any, writer: TableWriter) -> None:
+    """Stream all rows of one part into a writer, a batch at a time."""
+    for batch in batches(source):
+        writer.write(batch)
+
+
+def batches(source: Any) -> Iterable[pa.Table]:
+    """Tables of at most `ROWS_PER_GROUP` rows, in file order."""
+    reader = pq.ParquetFile(source)
+    for batch in reader.iter_batches(batch_size=ROWS_PER_GROUP):
+        yield pa.Table.from_batches([batch])

@@ -1,0 +1,1 @@
+"""Rubrics are data: one TOML file each, read by `zscore.rubrics.rubric`."""
