@@ -12,6 +12,6 @@ from zscore.cli.app import build_app
 
 def main() -> None:
     """Entry point of the `zscore` script: errors become one line and an exit code."""
-    from zscore.cli.run import run  # noqa: PLC0415 - keeps `import zscore.cli` free of work
+    from zscore.cli.run import run
 
     sys.exit(run(build_app()))

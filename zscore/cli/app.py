@@ -42,7 +42,7 @@ def build_app() -> typer.Typer:
 
 def _version(value: bool) -> None:
     if value:
-        from importlib.metadata import version  # noqa: PLC0415
+        from importlib.metadata import version
 
         typer.echo(f"zscore {version('zscore-reward')}")
         raise typer.Exit

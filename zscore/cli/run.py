@@ -18,7 +18,7 @@ def run(app: typer.Typer) -> int:
         app()
     except ZscoreError as error:
         if os.environ.get("ZSCORE_DEBUG"):
-            import traceback  # noqa: PLC0415
+            import traceback
 
             traceback.print_exc()
         sys.stderr.write(f"zscore: {' '.join(str(error).split())}\n")

@@ -1,0 +1,149 @@
+"""A checkpoint folder as zscore needs it: where it lies, what it was trained for, how its pictures are cut.
+
+A checkpoint is a Hugging Face folder plus `zscore.json` (rubric, layout, image budget, how it was trained). Only JSON
+is read here; the weights are hashed, never unpickled. No torch, no transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from zscore.errors import ModelError
+from zscore.rubrics.rubric import LAYOUTS, Layout
+
+# What a picture is scaled to where neither the user nor the checkpoint says: 1,024 image tokens of 32×32 pixels.
+DEFAULT_MAX_PIXELS = 1024 * 1024
+# Above this much, weights are hashed by samples: reading 18 GB takes longer than loading them.
+FULL_HASH_BYTES = 1 << 30
+SAMPLES_PER_FILE = 256
+SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What the JSON files of a checkpoint say."""
+
+    id: str
+    """As the user named it: a folder or a hub id."""
+    path: Path
+    architecture: str
+    """First entry of `architectures` in config.json."""
+    rubric: str | None
+    """Rubric that it was trained for, or None where there is no zscore.json."""
+    rubric_hash: str | None
+    layout: Layout | None
+    max_pixels: int
+    min_pixels: int
+    patch: int
+    """Patch edge, pixels."""
+    merge: int
+    """Patches merged into one token, along one edge."""
+    max_tokens: int
+    """Longest sequence the model takes (max_position_embeddings)."""
+    trained: str
+    """One line on how it was trained."""
+
+
+def find_checkpoint(model: str) -> Path:
+    """Folder of a model: the folder itself, or a hub id's snapshot (downloaded if it isn't in the cache).
+
+    Raises:
+        ModelError: no such folder, or the hub can't give it.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ModelError(f"no model folder at '{model}': give a folder with config.json, or a hub id like org/name")
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow, and needed only here
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"can't get '{model}' from the hub, and there is no such folder: {line}") from error
+
+
+def read_checkpoint(model: str) -> Checkpoint:
+    """Read and check a checkpoint's JSON files.
+
+    Raises:
+        ModelError: a file is missing or malformed; the message names it.
+    """
+    path = find_checkpoint(model)
+    config = _read_json(path / "config.json", required=True)
+    ours = _read_json(path / "zscore.json")
+    images = _image_processor(path)
+    layout = ours.get("layout")
+    if layout is not None and layout not in LAYOUTS:
+        raise ModelError(f"{path / 'zscore.json'}: layout is {layout!r}; known are {', '.join(LAYOUTS)}")
+    size = images.get("size") or {}
+    text = config.get("text_config") or config
+    return Checkpoint(
+        id=model,
+        path=path,
+        architecture=str((config.get("architectures") or ["unknown"])[0]),
+        rubric=ours.get("rubric"),
+        rubric_hash=ours.get("rubric_hash"),
+        layout=cast("Layout | None", layout),
+        max_pixels=int(ours.get("max_pixels", DEFAULT_MAX_PIXELS)),
+        min_pixels=int(images.get("min_pixels") or size.get("shortest_edge") or 65_536),
+        patch=int(images.get("patch_size", 16)),
+        merge=int(images.get("merge_size", 2)),
+        max_tokens=int(text.get("max_position_embeddings", 32_768)),
+        trained=str(ours.get("trained", "not said (no zscore.json)")),
+    )
+
+
+def weights_hash(path: Path) -> str:
+    """Identity of the weights: sha256 over the safetensors files, in name order.
+
+    Files over 1 GiB in all are hashed by size and evenly spaced samples; the prefix says which.
+    """
+    files = sorted(path.glob("*.safetensors"))
+    sampled = sum(file.stat().st_size for file in files) > FULL_HASH_BYTES
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}\n".encode())
+        with file.open("rb") as stream:
+            for offset in _offsets(size, sampled=sampled):
+                stream.seek(offset)
+                digest.update(stream.read(SAMPLE_BYTES))
+    return f"{'sha256-sampled' if sampled else 'sha256'}:{digest.hexdigest()}"
+
+
+def _offsets(size: int, *, sampled: bool) -> range:
+    step = max(size // SAMPLES_PER_FILE, SAMPLE_BYTES) if sampled else SAMPLE_BYTES
+    return range(0, size, step)
+
+
+def _image_processor(path: Path) -> dict[str, Any]:
+    """The image processor's settings; newer checkpoints nest them in processor_config.json."""
+    nested = _read_json(path / "processor_config.json").get("image_processor")
+    return _read_json(path / "preprocessor_config.json") or cast("dict[str, Any]", nested or {})
+
+
+def _read_json(file: Path, *, required: bool = False) -> dict[str, Any]:
+    if not file.exists() and not required:
+        return {}
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{file} is missing: a model is a Hugging Face folder with a {file.name}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} can't be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{file} holds a {type(data).__name__}; a JSON object is wanted")
+    return data
+
+
+def model_from_environment() -> str | None:
+    """`ZSCORE_MODEL`, or None."""
+    return os.environ.get("ZSCORE_MODEL") or None
