@@ -1,0 +1,211 @@
+"""The demo student's tokenizer: Qwen's pre-tokenizer and special tokens over a small vocabulary learned here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+# In Qwen's order; those of the second tuple are added without being marked special, as in its checkpoints.
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+ADDED = (
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
+_MERGES = 500
+SIZE = 256 + _MERGES + len(SPECIAL) + len(ADDED)
+IDS = {token: 256 + _MERGES + i for i, token in enumerate(SPECIAL + ADDED)}
+
+# Splits digits one by one, so that "1" … "9" are single tokens wherever they stand.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# What the merges are learned from: the words of rubrics and of picture prompts, the level words first.
+_LEVEL_WORDS = "excellent good fair poor bad perfect"
+_TEXT = """
+You are given a text prompt and the picture that a model made from it. Rate the picture on each of the four
+dimensions below, with one of nine levels from 1 (worst) to 9 (best). Alignment: does the image show what the prompt
+asks for, with all objects, their number, colours, relations, actions, style and written words? Realism: does the
+picture look like a real photograph, or like a true work in the style that was asked for, without artificial or
+plastic textures? Aesthetics: are the composition, light, colour and detail pleasing to the eye? Plausibility: are
+the anatomy, physics, perspective, hands, faces and text free of distortions and errors? The score of this image for
+alignment realism aesthetics plausibility overall quality is. How well does the generated image match the prompt?
+Answer with a single level: every detail matches, most details match, some are missing, many are wrong, nothing
+matches. The rating of the image quality is excellent, good, fair, poor, bad. user assistant system prompt
+a photo of a red cat and a blue dog on the green table in a kitchen, a man with an umbrella walking in the rain at
+night, a woman in a yellow dress holding three white flowers, an old house by the sea under a cloudy sky, portrait
+of a young girl with long black hair, soft light, high resolution, watercolor painting of mountains and a river,
+two birds sitting on a wooden fence, a bowl of fruit with apples, oranges and bananas, a car parked on the street of
+a city, a sign that says open, children playing football in the park, close up of an eye, 3d render of a robot
+"""
+
+
+def write(folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+    alphabet = _byte_alphabet()
+    merges = _learn_merges(alphabet)
+    tokens = [*sorted(alphabet.values()), *(a + b for a, b in merges)]
+    assert len(set(tokens)) == 256 + _MERGES, "two merges spell the same token"
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(token) for token in IDS],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            ],
+        },
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [list(pair) for pair in merges],
+        },
+    }
+    _write_json(folder / "tokenizer.json", tokenizer)
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config())
+    (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _added(token: str) -> dict[str, Any]:
+    switches = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": IDS[token], "content": token, **switches, "special": token in SPECIAL}
+
+
+def _tokenizer_config() -> dict[str, Any]:
+    return {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "processor_class": "Qwen3VLProcessor",
+        "added_tokens_decoder": {
+            str(i): {k: v for k, v in _added(token).items() if k != "id"} for token, i in IDS.items()
+        },
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "errors": "replace",
+        "split_special_tokens": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 32768,
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+    }
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """Map each byte to the printable character that stands for it in byte-level BPE (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+def _learn_merges(alphabet: Mapping[int, str]) -> list[tuple[str, str]]:
+    """Plain BPE: merge the most frequent pair, ties by spelling, `_MERGES` times."""
+    counts: Counter[str] = Counter(re.findall(r" ?[^\W\d_]+", _TEXT.replace("\n", " ")))
+    for word in _LEVEL_WORDS.split():  # whole tokens with and without a space before them
+        counts[word] += 100
+        counts[f" {word}"] += 100
+    words = {tuple(alphabet[b] for b in text.encode()): n for text, n in counts.items()}
+    merges: list[tuple[str, str]] = []
+    while len(merges) < _MERGES:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, n in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += n
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        words = {_merge(word, best): n for word, n in words.items()}
+    return merges
+
+
+def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    merged: list[str] = []
+    i = 0
+    while i < len(word):
+        if word[i : i + 2] == pair:
+            merged.append(word[i] + word[i + 1])
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return tuple(merged)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string %}
+{{- message.content }}
+{%- else %}
+{%- for part in message.content %}
+{%- if part.type == 'image' or 'image' in part or 'image_url' in part %}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part.type == 'video' or 'video' in part %}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+{%- elif 'text' in part %}
+{{- part.text }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is not defined or enable_thinking is false %}
+{{- '<think>\\n\\n</think>\\n\\n' }}
+{%- endif %}
+{%- endif %}
+"""
