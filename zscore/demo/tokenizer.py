@@ -151,10 +151,10 @@ def _byte_alphabet() -> dict[int, str]:
 def _learn_merges(alphabet: Mapping[int, str]) -> list[tuple[str, str]]:
     """Plain BPE: merge the most frequent pair, ties by spelling, `_MERGES` times."""
     counts: Counter[str] = Counter(re.findall(r" ?[^\W\d_]+", _TEXT.replace("\n", " ")))
-    for word in _LEVEL_WORDS.split():  # whole tokens with and without a space before them
-        counts[word] += 100
-        counts[f" {word}"] += 100
-    words = {tuple(alphabet[b] for b in text.encode()): n for text, n in counts.items()}
+    for level in _LEVEL_WORDS.split():  # whole tokens with and without a space before them
+        counts[level] += 100
+        counts[f" {level}"] += 100
+    words = {tuple(alphabet[b] for b in word.encode()): n for word, n in counts.items()}
     merges: list[tuple[str, str]] = []
     while len(merges) < _MERGES:
         pairs: Counter[tuple[str, str]] = Counter()
