@@ -60,7 +60,7 @@ def find_checkpoint(model: str) -> Path:
         return folder
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(f"no model folder at '{model}': give a folder with config.json, or a hub id like org/name")
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow, and needed only here
+    from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
@@ -128,6 +128,13 @@ def _image_processor(path: Path) -> dict[str, Any]:
     """The image processor's settings; newer checkpoints nest them in processor_config.json."""
     nested = _read_json(path / "processor_config.json").get("image_processor")
     return _read_json(path / "preprocessor_config.json") or cast("dict[str, Any]", nested or {})
+
+
+def read_normalization(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, for pixels in [0, 1], that the vision tower was trained with."""
+    images = _image_processor(path)
+    half = (0.5, 0.5, 0.5)
+    return tuple(images.get("image_mean") or half), tuple(images.get("image_std") or half)
 
 
 def _read_json(file: Path, *, required: bool = False) -> dict[str, Any]:

@@ -31,8 +31,9 @@ def score_probes(hidden_BH: torch.Tensor, weight_KH: torch.Tensor, values_K: tor
     Returns:
         Float32 tensor of shape (B, K + 3): probabilities, mean, standard deviation, entropy in nats (paper eq. 2).
     """
-    import torch  # noqa: PLC0415 - readers of scores import this module without torch
-    from zscore_kernels import score_head  # noqa: PLC0415
+    import torch
+
+    from zscore_kernels import score_head
 
     head = score_head(hidden_BH, weight_KH, values_K)
     # Rounding may leave a one-hot's variance a hair below zero.

@@ -25,6 +25,12 @@ class Engine(Protocol):
     """How many prompts keep it busy; more only costs memory."""
     max_tokens: int
     """Longest prompt it takes, in tokens."""
+    lockstep: bool
+    """True where a batch's composition can change the last bits of a score and the engine forms batches itself.
+
+    The caller then steps only when `max_in_flight` prompts are inside or a shard has ended, and feeds in order, so
+    that a shard's batches, and its scores, are the same in every run.
+    """
 
     def submit(self, tag: int, prompt: EnginePrompt) -> None:
         """Queue one prompt under a caller's tag (unique among those in flight)."""
