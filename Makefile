@@ -5,6 +5,8 @@ JOBS ?= 2
 BIN := .venv/bin
 PINS := pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate \
 	--overrides requirements/overrides.txt --excludes requirements/excludes.txt
+# Where this is set (many containers do), every process compiles torch and transformers anew: 6 s a start.
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: setup setup-dev demo test lint type bench docs check pins clean help
 

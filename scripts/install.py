@@ -74,7 +74,7 @@ def is_fresh(wanted: dict[str, str]) -> bool:
     if not (STAMP.is_file() and (VENV / "bin" / "zscore").is_file() and PYTHON.exists()):
         return False
     found: dict[str, str] = json.loads(STAMP.read_text(encoding="utf-8"))
-    return found == wanted or found == {**wanted, "what": "dev"}
+    return found in (wanted, {**wanted, "what": "dev"})
 
 
 def install(what: str, device: str) -> None:
