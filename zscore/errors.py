@@ -9,7 +9,8 @@ ZscoreError
 │   └── OutputMismatchError what lies there was made with other settings
 ├── TableError            a scores file that can't be read or mixed
 ├── ModelError            a checkpoint that can't be loaded or scored with
-└── EngineError           the engine broke; what was finished is kept
+├── EngineError           the engine broke; what was finished is kept
+└── InterruptedRunError   Ctrl-C or SIGTERM; what was finished is kept (exit 130)
 
 A single bad sample is never an exception: it travels as a `Failure` (see `zscore.records`).
 """
@@ -59,3 +60,9 @@ class ModelError(ZscoreError, ValueError):
 
 class EngineError(ZscoreError, RuntimeError):
     """The engine failed; every finished shard is kept."""
+
+
+class InterruptedRunError(ZscoreError):
+    """The user stopped the run."""
+
+    exit_code = 130

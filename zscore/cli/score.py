@@ -1,7 +1,198 @@
-"""`zscore score`: shards in, scores.parquet out."""
+"""`zscore score`: shards in, a table of level distributions out."""
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING, Annotated
 
-def score() -> None:
-    """Score webdataset shards."""
+import typer
+
+from zscore.errors import InterruptedRunError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from zscore.judge import Judge
+    from zscore.progress import Reporter
+    from zscore.score import ScoreOptions, Summary
+
+TOO_MANY_FAILED = 3
+
+
+def score(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="SHARDS...", help="Folders, globs, braces, .tar/.tar.gz/.tgz files or fsspec urls."),
+    ],
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="A .parquet file, a folder DIR/ (a part a shard), or an fsspec url.")
+    ] = "scores.parquet",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint folder or hub id.", envvar="ZSCORE_MODEL", show_default="demo student"),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto, vllm or transformers; auto takes vLLM where installed.")] = "auto",
+    rubric: Annotated[
+        str | None, typer.Option(help="z-reward, q-align or a TOML file.", show_default="the checkpoint's")
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="joint (one prefill reads all dimensions) or separate.", show_default="the checkpoint's"),
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Image budget; larger pictures are scaled down.", show_default="the checkpoint's")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(help="Prompts at once.", show_default="the engine's")] = None,
+    gpu_memory_utilization: Annotated[float | None, typer.Option(help="Share of GPU memory for vLLM.")] = None,
+    image_keys: Annotated[str | None, typer.Option(help="Picture suffixes, best first, separated by ';'.")] = None,
+    prompt_keys: Annotated[
+        str | None, typer.Option(help="Where prompts are, best first.", show_default="json:prompt;json:caption;txt")
+    ] = None,
+    group_key: Annotated[
+        str | None, typer.Option(help="JSON field that groups candidates.", show_default="hash of the prompt")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Decode processes.", show_default="one a core, at most 8")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
+    max_failed: Annotated[
+        float, typer.Option(min=0, max=1, help="Exit with 3 when a larger share of rows failed.")
+    ] = 0.05,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; load and write nothing.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Score again only the rows of a finished output that aren't ok.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress, no summary; warnings and errors only.")
+    ] = False,
+) -> None:
+    """Score every picture in webdataset shards: a distribution over rubric levels per dimension.
+
+    Every sample becomes a row, failed ones with their reason. Finished shards are kept: the same command resumes.
+
+    \b
+    Examples:
+      zscore score shards/ --out scores.parquet
+      zscore score 's3://bucket/run-7/{00000..00099}.tar' --model ./student --out s3://bucket/run-7.parquet
+      zscore score shards/ --out scores.parquet --retry-failed
+      zscore score shards/ --dry-run
+
+    \b
+    Exit codes: 0 done, 1 fatal, 2 usage, 3 done but too many rows failed, 130 interrupted.
+    """
+    from zscore.judge import JudgeOptions, plan_judge
+    from zscore.samples import ReadOptions
+    from zscore.score import ScoreOptions
+
+    read = {"image_keys": image_keys, "prompt_keys": prompt_keys, "group_key": group_key}
+    options = ScoreOptions(
+        inputs=tuple(inputs),
+        out=out,
+        read=ReadOptions(**{name: value for name, value in read.items() if value is not None}),
+        workers=_checked_workers(workers),
+        limit=limit,
+        retry_failed=retry_failed,
+        overwrite=overwrite,
+    )
+    judge = plan_judge(
+        JudgeOptions(
+            model=model,
+            rubric=rubric,
+            layout=layout,
+            engine=engine,
+            dtype=dtype,
+            max_pixels=max_pixels,
+            batch_size=batch_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+        )
+    )
+    console = _console()
+    for notice in judge.notices:
+        console.print(f"warning: {notice}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+    if dry_run:
+        _show_plan(options, judge)
+        return
+    summary = _run(options, judge, console, quiet=quiet)
+    _finish(summary, max_failed, quiet=quiet)
+
+
+def _console() -> Console:
+    """Messages go to stderr, so that stdout holds results only."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _checked_workers(workers: int | None) -> int | None:
+    if workers is not None and not 0 <= workers <= 256:
+        raise UsageError(f"--workers {workers}: 0 (decode in the main process) to 256")
+    return workers
+
+
+def _run(options: ScoreOptions, judge: Judge, console: Console, *, quiet: bool) -> Summary:
+    from zscore.progress import LiveReporter, PlainReporter, QuietReporter
+    from zscore.score import score as run
+
+    with contextlib.ExitStack() as stack:
+        reporter: Reporter
+        if quiet:
+            reporter = QuietReporter()
+        elif console.is_terminal:
+            reporter = stack.enter_context(LiveReporter(console))
+        else:
+            reporter = PlainReporter(console)
+        try:
+            return run(options, judge, reporter)
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                f"interrupted: finished shards are kept beside {options.out}; the same command resumes"
+            ) from None
+
+
+def _finish(summary: Summary, max_failed: float, *, quiet: bool) -> None:
+    from rich.console import Console
+
+    from zscore.progress import summary_table
+
+    if not quiet:
+        out = Console()
+        if summary.already_done:
+            out.print(f"{summary.out} is complete: nothing to do", markup=False, highlight=False, soft_wrap=True)
+        out.print(summary_table(summary))
+        if summary.scored:
+            speed = summary.scored / summary.seconds
+            out.print(f"{summary.scored} rows in {summary.seconds:.1f} s, model loading included ({speed:.1f}/s)")
+    if summary.failed_share > max_failed:
+        message = (
+            f"{summary.failed_share:.1%} of the rows failed, over --max-failed {max_failed:.1%};"
+            f" the output is written: see its 'status' and 'error' columns, or run again with --retry-failed"
+        )
+        typer.echo(f"zscore: {message}", err=True)
+        raise typer.Exit(TOO_MANY_FAILED)
+
+
+def _show_plan(options: ScoreOptions, judge: Judge) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from zscore.samples import count_samples
+    from zscore.shards import expand
+
+    shards = expand(options.inputs)
+    samples = sum(count_samples(shard, options.read) for shard in shards)
+    table = Table(title="dry run: nothing is loaded or written", title_justify="left", show_header=False)
+    known = [shard.size for shard in shards if shard.size >= 0]
+    rows = {
+        "shards": f"{len(shards)} ({sum(known) / 1e6:.1f} MB), {shards[0].name} … {shards[-1].name}",
+        "samples": f"{samples}" + (f", of which the first {options.limit}" if options.limit else ""),
+        "model": f"{judge.checkpoint.id} ({judge.checkpoint.architecture}; {judge.checkpoint.trained})",
+        "engine": f"{judge.engine_name}, dtype {judge.options.dtype}",
+        "rubric": f"{judge.rubric.name}: {', '.join(judge.rubric.names)}; {len(judge.rubric.levels)} levels",
+        "layout": judge.layout,
+        "image budget": f"{judge.pixels.max_pixels} pixels, {judge.pixels.max_pixels // judge.pixels.factor**2} tokens",
+        "prompt tokens": f"{judge.builder.overhead} besides picture and prompt",
+        "output": options.out,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table, markup=False)

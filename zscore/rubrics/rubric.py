@@ -24,8 +24,10 @@ LAYOUTS: tuple[Layout, ...] = ("joint", "separate")
 MAX_LEVELS = 64
 # These would collide with other columns of scores.parquet.
 RESERVED = frozenset(
-    ("shard", "index", "key", "prompt", "group", "status", "error", "width", "height", "sha256", "overall")
-    + ("reasoning", "output_tokens")
+    {
+        *("shard", "index", "key", "prompt", "group", "status", "error", "width", "height", "sha256"),
+        *("overall", "reasoning", "output_tokens"),
+    }
 )
 
 

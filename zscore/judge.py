@@ -1,0 +1,202 @@
+"""What judges: a checkpoint, a rubric, a layout and an engine, put together and described.
+
+`plan_judge` reads small files only and says what would run; `Judge.engine()` loads the model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from zscore.checkpoint import Checkpoint, model_from_environment, read_checkpoint, weights_hash
+from zscore.errors import ModelError, UsageError
+from zscore.patches import PixelOptions
+from zscore.rubrics.rubric import LAYOUTS, Layout, Rubric, load_rubric
+from zscore.templates import PromptBuilder
+
+if TYPE_CHECKING:
+    from zscore.engines.base import Engine
+
+ENGINES = ("auto", "vllm", "transformers")
+DTYPES = ("auto", "float32", "bfloat16")
+# Architectures that our own vLLM model covers; others go through vLLM's classifier.
+PROBED_ARCHITECTURES = frozenset({"Qwen3_5ForConditionalGeneration"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeOptions:
+    """What the user may choose about the model; None means the checkpoint's or zscore's own choice."""
+
+    model: str | None = None
+    """Folder or hub id; else ZSCORE_MODEL, else the demo student."""
+    rubric: str | None = None
+    """Name of a shipped rubric or a TOML file; else the checkpoint's, else z-reward."""
+    layout: str | None = None
+    """joint or separate; else the checkpoint's, else joint."""
+    engine: str = "auto"
+    """vllm, transformers, or auto: vLLM where it is installed."""
+    dtype: str = "auto"
+    """Of the weights: float32, bfloat16 or auto."""
+    max_pixels: int | None = None
+    """Image budget: larger pictures are scaled down to about this many pixels."""
+    batch_size: int | None = None
+    """Prompts at once; None lets the engine choose."""
+    gpu_memory_utilization: float | None = None
+    """Share of the GPU's memory that vLLM takes; None leaves vLLM's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """A resolved choice of model, rubric, layout and engine."""
+
+    checkpoint: Checkpoint
+    rubric: Rubric
+    layout: Layout
+    engine_name: str
+    options: JudgeOptions
+    pixels: PixelOptions
+    weights: str
+    builder: PromptBuilder
+    notices: tuple[str, ...]
+    """What the user has to know before believing the scores, one line each."""
+
+    def settings(self) -> dict[str, Any]:
+        """Everything about the judge that a row depends on."""
+        return {
+            "model": self.weights,
+            "rubric": self.rubric.hash,
+            "layout": self.layout,
+            "template": self.builder.hash,
+            "engine": self.engine_name,
+            "dtype": self.options.dtype,
+            "batch_size": self.options.batch_size,
+            "max_pixels": self.pixels.max_pixels,
+            "min_pixels": self.pixels.min_pixels,
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """Metadata that every scores file carries."""
+        rubric = self.rubric
+        return {
+            "rubric": {
+                "name": rubric.name,
+                "hash": rubric.hash,
+                "source": rubric.source,
+                "dimensions": list(rubric.names),
+                "levels": [{"token": level.token, "value": level.value} for level in rubric.levels],
+            },
+            "layout": self.layout,
+            "model": {"id": self.checkpoint.id, "weights": self.weights, "trained": self.checkpoint.trained},
+            "max_pixels": self.pixels.max_pixels,
+            "template": self.builder.hash,
+        }
+
+    def engine(self) -> Engine:
+        """Load the model.
+
+        Raises:
+            ModelError: it can't be loaded.
+        """
+        levels = {"level_token_ids": self.builder.level_ids, "level_values": self.rubric.values}
+        if self.engine_name == "transformers":
+            from zscore.engines.transformers import TransformersConfig, TransformersEngine
+
+            config = TransformersConfig(dtype=self.options.dtype)
+            if self.options.batch_size:
+                config = replace(config, batch_size=self.options.batch_size)
+            return TransformersEngine(self.checkpoint.path, config=config, **levels)
+        from zscore.engines.vllm import VllmConfig, VllmEngine
+
+        chosen = {
+            "dtype": self.options.dtype,
+            "max_num_seqs": self.options.batch_size,
+            "gpu_memory_utilization": self.options.gpu_memory_utilization,
+        }
+        settings = {name: value for name, value in chosen.items() if value is not None}
+        return VllmEngine(self.checkpoint.path, config=VllmConfig(**settings), **levels)
+
+
+def plan_judge(options: JudgeOptions) -> Judge:
+    """Resolve the user's choices against the checkpoint.
+
+    Raises:
+        UsageError, RubricError, ModelError: one line, with the value and the fix.
+    """
+    notices = []
+    model = options.model or model_from_environment()
+    if model is None:
+        from zscore.demo.student import demo_student
+
+        model = str(demo_student())
+        notices.append(
+            "NO MODEL GIVEN: these scores come from the built-in demo student, which knows only the demo's pictures;"
+            " they mean nothing for yours. Give --model FOLDER_OR_HUB_ID or set ZSCORE_MODEL."
+        )
+    checkpoint = read_checkpoint(model)
+    rubric = load_rubric(options.rubric or checkpoint.rubric or "z-reward")
+    layout = _layout(options.layout, checkpoint)
+    if checkpoint.layout and layout != checkpoint.layout:
+        notices.append(f"{model} was trained in the {checkpoint.layout} layout; you score in the {layout} one")
+    if checkpoint.rubric_hash and rubric.hash != checkpoint.rubric_hash:
+        notices.append(f"{model} was trained on another rubric ({checkpoint.rubric}) than '{rubric.name}' as it stands")
+    if checkpoint.rubric is None:
+        notices.append(f"{model} has no zscore.json: it wasn't trained to score, so its scores are zero-shot")
+    builder = PromptBuilder(
+        checkpoint.path, rubric, layout, merge=checkpoint.merge, max_tokens=min(checkpoint.max_tokens, 16_384)
+    )
+    return Judge(
+        checkpoint=checkpoint,
+        rubric=rubric,
+        layout=layout,
+        engine_name=_engine(options, notices),
+        options=options,
+        pixels=_pixels(options, checkpoint),
+        weights=weights_hash(checkpoint.path),
+        builder=builder,
+        notices=tuple(notices),
+    )
+
+
+def _layout(wanted: str | None, checkpoint: Checkpoint) -> Layout:
+    if wanted is None:
+        return checkpoint.layout or "joint"
+    for layout in LAYOUTS:
+        if wanted == layout:
+            return layout
+    raise UsageError(f"--layout '{wanted}' isn't known: choose {' or '.join(LAYOUTS)}")
+
+
+def _engine(options: JudgeOptions, notices: list[str]) -> str:
+    if options.engine not in ENGINES:
+        raise UsageError(f"--engine '{options.engine}' isn't known: choose {', '.join(ENGINES)}")
+    if options.dtype not in DTYPES:
+        raise UsageError(f"--dtype '{options.dtype}' isn't known: choose {', '.join(DTYPES)}")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UsageError(f"--batch-size {options.batch_size}: at least 1")
+    installed = importlib.util.find_spec("vllm") is not None
+    if options.engine == "vllm" and not installed:
+        raise UsageError(
+            "--engine vllm: vLLM isn't installed: pip install 'zscore-reward[vllm]' (GPU), or see `zscore doctor`"
+        )
+    if options.engine != "auto":
+        return options.engine
+    if not installed:
+        notices.append("vLLM isn't installed: scoring with the slower transformers engine (see `zscore doctor`)")
+    return "vllm" if installed else "transformers"
+
+
+def _pixels(options: JudgeOptions, checkpoint: Checkpoint) -> PixelOptions:
+    budget = options.max_pixels if options.max_pixels is not None else checkpoint.max_pixels
+    edge = checkpoint.patch * checkpoint.merge
+    if budget < edge * edge:
+        raise UsageError(f"--max-pixels {budget}: at least {edge * edge}, one image token of {edge}x{edge} pixels")
+    try:
+        return PixelOptions(
+            patch=checkpoint.patch,
+            merge=checkpoint.merge,
+            min_pixels=min(checkpoint.min_pixels, budget),
+            max_pixels=budget,
+        )
+    except ValueError as error:
+        raise ModelError(f"{checkpoint.id}: {error}") from error
