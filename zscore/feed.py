@@ -33,7 +33,9 @@ def feed(prepared: Prefetch[Prepared | ShardEnd], engine: Engine) -> Iterator[Sc
             loop.add(item)
         if ended or (engine.lockstep and isinstance(item, ShardEnd)):
             loop.drain()
-        elif item is None or loop.in_flight >= engine.max_in_flight:
+        elif item is None:
+            loop.step()
+        while loop.in_flight >= engine.max_in_flight:
             loop.step()
         yield from loop.finished()
 

@@ -7,6 +7,7 @@ gated delta net as well as for attention (left padding is not: its recurrence wo
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,9 @@ def _load(model: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """
     import transformers
 
+    if not os.environ.get("ZSCORE_DEBUG"):  # its bars and hints would break into our own progress display
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
     try:
         loaded = transformers.AutoModelForImageTextToText.from_pretrained(
             model, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True

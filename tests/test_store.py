@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from zscore import lease as lease_module
+from zscore.errors import OutputError, OutputLockedError, UsageError
+from zscore.lease import Lease
+from zscore.store import open_store, split_out
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path):
+    folder = str(tmp_path / "out") if request.param == "local" else f"memory://{uuid.uuid4().hex}/out"
+    return open_store(folder)
+
+
+def put(store, name, data=b"data"):
+    with store.write(name) as stream:
+        stream.write(data)
+
+
+def test_write_read_list_delete(store):
+    assert store.names() == set()
+    put(store, "a", b"1")
+    put(store, "b", b"2")
+    put(store, "a", b"3")
+    assert store.names() == {"a", "b"}
+    with store.open("a") as stream:
+        assert stream.read() == b"3"
+    store.delete("a")
+    store.delete("a")
+    assert store.names() == {"b"}
+    store.delete_folder()
+    store.delete_folder()
+    assert store.names() == set()
+
+
+def test_a_failed_write_leaves_what_was_there(store):
+    put(store, "a", b"old")
+    with pytest.raises(RuntimeError), store.write("a") as stream:
+        stream.write(b"new, but")
+        raise RuntimeError
+    with store.open("a") as stream:
+        assert stream.read() == b"old"
+    assert store.names() == {"a"}
+
+
+def test_the_final_name_never_shows_a_half_written_file(tmp_path):
+    store = open_store(str(tmp_path))
+    with store.write("a") as stream:
+        stream.write(b"half")
+        stream.flush()
+        assert not (tmp_path / "a").exists()
+        assert store.names() == set()
+    assert (tmp_path / "a").read_bytes() == b"half"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_new_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        put(open_store(str(tmp_path)), "a")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_second_lock_is_refused_and_the_first_can_be_taken_again(store):
+    with store.lock("lock"), pytest.raises(OutputLockedError, match="another run"), store.lock("lock"):
+        pass
+    with store.lock("lock"):
+        pass
+    assert store.names() == set()
+
+
+def hold(folder):
+    with open_store(folder).lock("lock"):
+        Path(folder, "held").touch()
+        time.sleep(60)
+
+
+def test_a_killed_holder_frees_a_local_lock_and_its_temporary_files(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=hold, args=(str(tmp_path),))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "held").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (tmp_path / ".a.parquet.x.tmp").touch()
+    store = open_store(str(tmp_path))
+    with pytest.raises(OutputLockedError), store.lock("lock"):
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with store.lock("lock"):
+        assert not (tmp_path / ".a.parquet.x.tmp").exists()
+
+
+def test_a_stale_or_dead_lease_may_be_taken_and_a_live_one_not(monkeypatch):
+    fs = fsspec.filesystem("memory")
+    path = f"/{uuid.uuid4().hex}/lock"
+    first = Lease(fs, path, "shown")
+    first.acquire()
+    with pytest.raises(OutputLockedError, match="process .* is writing to shown, last seen"):
+        Lease(fs, path, "shown").acquire()
+    monkeypatch.setattr(lease_module, "STALE_SECONDS", -1.0)
+    second = Lease(fs, path, "shown")
+    second.acquire()
+    first.release()  # it is the second one's by now
+    assert fs.exists(path)
+    second.release()
+    assert not fs.exists(path)
+
+
+def test_a_lease_of_a_dead_process_of_this_machine_is_free(monkeypatch):
+    fs = fsspec.filesystem("memory")
+    path = f"/{uuid.uuid4().hex}/lock"
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    monkeypatch.setattr(os, "getpid", lambda: dead.pid)
+    first = Lease(fs, path, "shown")
+    first.acquire()
+    monkeypatch.undo()
+    second = Lease(fs, path, "shown")
+    second.acquire()
+    second.release()
+    first.release()
+
+
+def test_a_lease_is_renewed(monkeypatch):
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.02)
+    fs = fsspec.filesystem("memory")
+    path = f"/{uuid.uuid4().hex}/lock"
+    lease = Lease(fs, path, "shown")
+    lease.acquire()
+    before = lease._read()["renewed"]
+    deadline = time.monotonic() + 10
+    while lease._read()["renewed"] == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert lease._read()["renewed"] > before
+    lease.release()
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path):
+    """A file-size limit stands for the full disk: the same code path, with EFBIG for ENOSPC."""
+    store = open_store(str(tmp_path))
+    put(store, "a", b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OutputError, match=r"can't write .*/a: .*free some space; finished shards are kept"):
+            put(store, "a", b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_that_can_t_be_made_is_one_clear_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="check that the folder exists"):
+        put(open_store(str(tmp_path / "file" / "out")), "a")
+    with pytest.raises(OutputError, match="can't write"), open_store("/proc/nothing").lock("lock"):
+        pass
+
+
+def test_out_needs_a_file_name_and_a_known_protocol():
+    assert split_out("a.parquet") == (".", "a.parquet")
+    assert split_out("/a.parquet") == ("/", "a.parquet")
+    assert split_out("s3://b/c/a.parquet") == ("s3://b/c", "a.parquet")
+    with pytest.raises(UsageError, match="no file name"):
+        split_out("a/")
+    with pytest.raises(UsageError, match="can't write to nosuch://x"):
+        open_store("nosuch://x")
