@@ -9,10 +9,11 @@ ZscoreError
 │   └── OutputMismatchError what lies there was made with other settings
 ├── TableError            a scores file that can't be read or mixed
 ├── ModelError            a checkpoint that can't be loaded or scored with
+├── SampleError           a picture handed to the library can't be scored
 ├── EngineError           the engine broke; what was finished is kept
 └── InterruptedRunError   Ctrl-C or SIGTERM; what was finished is kept (exit 130)
 
-A single bad sample is never an exception: it travels as a `Failure` (see `zscore.records`).
+A bad sample in a shard is never an exception: it travels as a `Failure` (see `zscore.records`).
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class TableError(ZscoreError, ValueError):
 
 class ModelError(ZscoreError, ValueError):
     """A checkpoint can't be loaded, or can't be scored with."""
+
+
+class SampleError(ZscoreError, ValueError):
+    """A (prompt, picture) pair handed to `Scorer.score` can't be scored."""
 
 
 class EngineError(ZscoreError, RuntimeError):

@@ -6,10 +6,14 @@ from typing import Annotated
 
 import typer
 
+from zscore.cli.demo import demo
+from zscore.cli.doctor import doctor
 from zscore.cli.score import score
 
 COMMANDS = {
     "score": score,
+    "demo": demo,
+    "doctor": doctor,
 }
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}

@@ -12,7 +12,7 @@ from zscore.errors import InterruptedRunError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from zscore.judge import Judge
+    from zscore.judge import Judge, JudgeOptions
     from zscore.progress import Reporter
     from zscore.score import ScoreOptions, Summary
 
@@ -80,7 +80,7 @@ def score(
     \b
     Exit codes: 0 done, 1 fatal, 2 usage, 3 done but too many rows failed, 130 interrupted.
     """
-    from zscore.judge import JudgeOptions, plan_judge
+    from zscore.judge import JudgeOptions
     from zscore.samples import ReadOptions
     from zscore.score import ScoreOptions
 
@@ -94,18 +94,31 @@ def score(
         retry_failed=retry_failed,
         overwrite=overwrite,
     )
-    judge = plan_judge(
-        JudgeOptions(
-            model=model,
-            rubric=rubric,
-            layout=layout,
-            engine=engine,
-            dtype=dtype,
-            max_pixels=max_pixels,
-            batch_size=batch_size,
-            gpu_memory_utilization=gpu_memory_utilization,
-        )
+    judge_options = JudgeOptions(
+        model=model,
+        rubric=rubric,
+        layout=layout,
+        engine=engine,
+        dtype=dtype,
+        max_pixels=max_pixels,
+        batch_size=batch_size,
+        gpu_memory_utilization=gpu_memory_utilization,
     )
+    execute(options, judge_options, max_failed=max_failed, quiet=quiet, dry_run=dry_run)
+
+
+def execute(
+    options: ScoreOptions,
+    judge_options: JudgeOptions,
+    *,
+    max_failed: float = 0.05,
+    quiet: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Plan, warn, run and report; shared with `zscore demo`."""
+    from zscore.judge import plan_judge
+
+    judge = plan_judge(judge_options)
     console = _console()
     for notice in judge.notices:
         console.print(f"warning: {notice}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)

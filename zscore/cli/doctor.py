@@ -1,0 +1,24 @@
+"""`zscore doctor`: what this machine has."""
+
+from __future__ import annotations
+
+import typer
+
+
+def doctor() -> None:
+    r"""Show which engines work here, the GPU and the versions, and what each missing piece needs.
+
+    Exits with 1 where scoring can't work at all.
+
+    \b
+    Example:
+      zscore doctor
+    """
+    from rich.console import Console
+
+    from zscore.doctor import State, diagnose, render
+
+    checks = diagnose()
+    Console().print(render(checks))
+    if any(check.state is State.BROKEN for check in checks):
+        raise typer.Exit(1)
