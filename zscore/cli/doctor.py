@@ -16,9 +16,9 @@ def doctor() -> None:
     """
     from rich.console import Console
 
-    from zscore.doctor import State, diagnose, render
+    from zscore.doctor import diagnose, healthy, table
 
     checks = diagnose()
-    Console().print(render(checks))
-    if any(check.state is State.BROKEN for check in checks):
+    Console().print(table(checks))
+    if not healthy(checks):
         raise typer.Exit(1)
