@@ -111,9 +111,7 @@ class Output:
             for name in self._parts.names():
                 if name == RUN_FILE or name.endswith(".parquet"):
                     self._parts.delete(name)
-        elif RUN_FILE in self._parts.names():
-            with self._parts.open(RUN_FILE) as stream:
-                before = json.loads(stream.read())
+        elif before := self._run():
             check_settings(before["settings"], self._settings, self.out)
             self.attempt = before["attempt"]
             return
@@ -121,19 +119,29 @@ class Output:
 
     def begin_retry(self) -> None:
         """Turn a finished output back into parts, so that those with failures can be done again."""
-        if RUN_FILE in self._parts.names():
+        attempt = self.attempt
+        if self._run().get("retry") or self.is_folder:
             self.begin(overwrite=False)
             if not self.is_folder:  # an interrupted retry goes on where it was
                 return
-        if self.is_folder:
-            self.attempt = datetime.now(UTC).isoformat()
+            self.attempt = attempt
         else:
+            self.discard_parts()
             self._split_final()
-        self._write_run()
+        self._write_run(retry=True)
 
-    def _write_run(self) -> None:
+    def _run(self) -> dict[str, Any]:
+        """What run.json says; empty where there is none."""
+        if RUN_FILE not in self._parts.names():
+            return {}
+        with self._parts.open(RUN_FILE) as stream:
+            run: dict[str, Any] = json.loads(stream.read())
+        return run
+
+    def _write_run(self, **more: Any) -> None:
+        run = {"settings": self._settings, "attempt": self.attempt, **more}
         with self._parts.write(RUN_FILE) as stream:
-            stream.write(json.dumps({"settings": self._settings, "attempt": self.attempt}, indent=1).encode())
+            stream.write(json.dumps(run, indent=1).encode())
 
     def part_name(self, shard: ShardRef) -> str:
         """File name of a shard's part; depends on the shard's name alone, so that inputs may be added."""
@@ -195,9 +203,7 @@ class Output:
     def commit(self, shards: Sequence[ShardRef], metadata: dict[str, Any]) -> None:
         """Join the parts in shard order into the final file and remove them; a folder only gets its metadata."""
         if self.is_folder:
-            with self._parts.write(RUN_FILE) as stream:
-                run = {"settings": self._settings, "attempt": self.attempt, "metadata": metadata}
-                stream.write(json.dumps(run, indent=1).encode())
+            self._write_run(metadata=metadata)
             return
         with self._final.write(self._name) as stream, TableWriter(stream, self._schema) as writer:
             for shard in shards:
@@ -218,7 +224,7 @@ class Output:
         metadata = self.final_metadata()
         if metadata is None:
             raise OutputError(f"--retry-failed: there is no {self.out} yet; run without it first")
-        shards = {entry["name"]: entry for entry in metadata["inputs"]}
+        shards = {name: ShardRef("", name, size, version) for name, size, version in metadata["inputs"]}
         with self._final.open(self._name) as stream:
             for name, tables in _by_shard(batches(stream)):
                 ref = shards[name]
