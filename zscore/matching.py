@@ -105,7 +105,8 @@ def match(
     found = found.with_columns(_group=named.rank("dense").cast(pl.Int64) - 1).sort("sample", "dimension")
     comparisons = [_comparison(found, name, relative=ratings.relative) for name in shared]
     if derived:
-        comparisons.append(_derived_overall(found, derived))
+        whole = set(derived) == set(dimensions) and OVERALL in rows.columns
+        comparisons.append(_derived_overall(found, derived, pl.col(OVERALL) if whole else None))
     scored = rows.drop_nulls(OVERALL).height if OVERALL in rows.columns else rows.height
     return Matched(
         comparisons=tuple(comparisons),
@@ -232,11 +233,13 @@ def _width(lists: pl.Series) -> int:
     return int(longest) if isinstance(longest, int) else 0
 
 
-def _derived_overall(found: pl.DataFrame, names: Sequence[str]) -> Comparison:
-    """The mean over the rated dimensions on both sides, of the samples that have them all."""
-    rows = found.filter(pl.col("dimension").is_in(names)).with_columns(
-        _score=pl.mean_horizontal(pl.col(names).cast(pl.Float64))
-    )
+def _derived_overall(found: pl.DataFrame, names: Sequence[str], column: pl.Expr | None) -> Comparison:
+    """The mean over the rated dimensions on both sides, of the samples that have them all.
+
+    `column` is the scores' own overall, where it is that mean: what a threshold would be compared with.
+    """
+    score = pl.mean_horizontal(pl.col(names).cast(pl.Float64)) if column is None else column.cast(pl.Float64)
+    rows = found.filter(pl.col("dimension").is_in(names)).with_columns(_score=score)
     complete = (
         rows.group_by("sample")
         .agg(pl.col("score").mean().round(DECIMALS), pl.col("_score", "_group").first(), pl.len())

@@ -1,0 +1,355 @@
+"""The fit, the conformal threshold and its guarantee, and the file."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zscore.calibration import (
+    Calibration,
+    Fit,
+    Reference,
+    apply_calibration,
+    calibrate,
+    check_made_for,
+    confident_threshold,
+    fit_distribution,
+    read_calibration,
+    recalibrated,
+    select_confident,
+    write_calibration,
+)
+from zscore.errors import TableError, UsageError
+from zscore.human import Ratings, aggregate
+from zscore.matching import match
+
+LEVELS = np.array([1 + k / 2 for k in range(9)])
+DIMENSIONS = ("alignment", "realism")
+EMPTY = Calibration(tuple(LEVELS), DIMENSIONS, {}, {}, {})
+
+
+def with_reference(score, human, column="overall"):
+    return Calibration(tuple(LEVELS), DIMENSIONS, {}, {column: Reference(tuple(score), tuple(human))}, {})
+
+
+def naive_selection(scores, reference, minimum, alpha):
+    """Conformal p-values and Benjamini-Hochberg, step by step."""
+    n = len(reference)
+    p_values = []
+    for score in scores:
+        worse = sum(1 for s, human in reference if human < minimum and s >= score)
+        p_values.append((1 + worse) / (n + 1))
+    ranked = sorted(p_values)
+    k = max((k for k in range(1, len(ranked) + 1) if ranked[k - 1] <= alpha * k / len(ranked) + 1e-12), default=0)
+    cut = ranked[k - 1] if k else -1
+    return [p <= cut for p in p_values]
+
+
+grid = st.integers(2, 10).map(lambda value: value / 2)
+
+
+class TestSelection:
+    @settings(max_examples=200, deadline=None)
+    @given(
+        st.lists(grid, max_size=30),
+        st.lists(st.tuples(grid, grid), max_size=40),
+        grid,
+        st.sampled_from([0.5, 0.7, 0.8, 0.9]),
+    )
+    def test_like_benjamini_hochberg_by_hand(self, scores, reference, minimum, confidence):
+        calibration = with_reference([s for s, _ in reference], [human for _, human in reference])
+        mask = select_confident(pl.Series(scores, dtype=pl.Float64), calibration, minimum, confidence)
+        assert mask.to_list() == naive_selection(scores, reference, minimum, 1 - confidence)
+
+    def test_null_scores_are_not_kept(self):
+        calibration = with_reference(range(40), [5.0] * 40)
+        mask = select_confident(pl.Series([None, 3.0, float("nan")]), calibration, 4.0, 0.9)
+        assert mask.to_list() == [False, True, False]
+
+    def test_too_few_ratings_keep_nothing(self):
+        calibration = with_reference([1, 2, 3], [5, 5, 5])
+        assert confident_threshold(pl.Series([9.0] * 5), calibration, 4.0, 0.9) == float("inf")
+        assert select_confident(pl.Series([], dtype=pl.Float32), calibration, 4.0, 0.9).to_list() == []
+
+    def test_wrong_calls(self):
+        calibration = with_reference([1], [5], "realism")
+        with pytest.raises(UsageError, match="no human scores of 'overall', only of realism"):
+            confident_threshold(pl.Series([1.0]), calibration, 4.0, 0.9)
+        for confidence in (0, 1, 1.5):
+            with pytest.raises(UsageError, match="between 0 and 1"):
+                confident_threshold(pl.Series([1.0]), calibration, 4.0, confidence, "realism")
+
+
+@pytest.mark.parametrize(("noise", "decimals"), [(0.5, 6), (1.5, 6), (0.8, 0)])
+def test_the_guarantee_holds_over_many_draws(noise, decimals):
+    """On average over 600 draws of ratings and scores, at most 10 % of the kept are truly below 4."""
+    rng = np.random.default_rng(17)
+    false_shares, kept_shares = [], []
+    for _ in range(600):
+        truth = np.clip(np.round(rng.normal(3.6, 0.9, size=500) * 2) / 2, 1, 5)
+        score = np.round(truth + rng.normal(0, noise, size=500), decimals)
+        calibration = with_reference(score[:200], truth[:200])
+        kept = select_confident(pl.Series(score[200:]), calibration, 4.0, 0.9).to_numpy()
+        wrong = truth[200:][kept] < 4
+        false_shares.append(wrong.mean() if kept.any() else 0.0)
+        kept_shares.append(kept.mean())
+    error = np.std(false_shares) / np.sqrt(len(false_shares))
+    assert np.mean(false_shares) <= 0.1 + 2 * error
+    if noise < 1 and decimals:  # and it isn't kept by keeping nothing, or by being far too strict
+        assert np.mean(kept_shares) > 0.2
+        assert np.mean(false_shares) > 0.07
+
+
+class TestFit:
+    @pytest.mark.parametrize(("temperature", "shift"), [(0.5, 0.0), (2.0, 0.0), (1.0, 0.7), (1.6, -0.5)])
+    def test_finds_what_was_done(self, temperature, shift):
+        rng = np.random.default_rng(3)
+        truth = rng.dirichlet(np.full(9, 0.6), size=3000)
+        # The model is the truth, spoilt: the fit has to undo it.
+        spoilt = recalibrated(truth, LEVELS, 1 / temperature, -shift * temperature)
+        found = fit_distribution(spoilt, truth, LEVELS, np.eye(9))
+        assert found[:2] == pytest.approx((temperature, shift), abs=0.02)
+        assert not found[2]
+
+    def test_gradient(self):
+        from scipy.optimize import check_grad, minimize
+
+        rng = np.random.default_rng(0)
+        probs, human = rng.dirichlet(np.ones(9), size=30), rng.dirichlet(np.ones(5), size=30)
+        split = np.maximum(0, 1 - np.abs(LEVELS[:, None] - np.arange(1.0, 6)))
+        losses = []
+
+        def watched(loss, start, **options):
+            for theta in ([1.0, 0.0], [0.3, 1.2], [2.0, -0.5]):
+                losses.append(check_grad(lambda t: loss(t)[0], lambda t: loss(t)[1], np.array(theta)))
+            return minimize(loss, start, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("zscore.calibration.minimize", watched)
+            fit_distribution(probs, human, LEVELS, split)
+        assert max(losses) < 1e-5
+
+    def test_uninformative_scores_end_at_a_bound(self):
+        probs = np.full((50, 9), 1 / 9)
+        probs[:, 0] += 0.001
+        human = np.tile(np.eye(9)[8], (50, 1))
+        assert fit_distribution(probs / probs.sum(axis=1, keepdims=True), human, LEVELS, np.eye(9))[2]
+
+
+def scores_frame(samples, seed=0, per_group=4):
+    rng = np.random.default_rng(seed)
+    frame = pl.DataFrame(
+        {
+            "shard": ["a.tar"] * samples,
+            "index": range(samples),
+            "key": [f"k{i}" for i in range(samples)],
+            "group": [f"p{i // per_group}" for i in range(samples)],
+        }
+    )
+    for name in DIMENSIONS:
+        probs = rng.dirichlet(np.full(9, 0.7), size=samples)
+        mean = probs @ LEVELS
+        std = np.sqrt(((LEVELS - mean[:, None]) ** 2 * probs).sum(axis=1))
+        entropy = -(probs * np.log(np.maximum(probs, 1e-30))).sum(axis=1)
+        frame = frame.with_columns(
+            pl.Series(name, mean, dtype=pl.Float32),
+            pl.Series(f"{name}_std", std, dtype=pl.Float32),
+            pl.Series(f"{name}_entropy", entropy, dtype=pl.Float32),
+            pl.Series(f"{name}_probs", probs.astype(np.float32), dtype=pl.Array(pl.Float32, 9)),
+        )
+    return frame.with_columns(overall=pl.mean_horizontal(DIMENSIONS))
+
+
+def with_failures(frame):
+    """Every third row unscored."""
+    names = [name for name in frame.columns if name.startswith((*DIMENSIONS, "overall"))]
+    failed = pl.int_range(pl.len()) % 3 == 1
+    return frame.with_columns(pl.when(failed).then(None).otherwise(pl.col(name)).alias(name) for name in names)
+
+
+class TestApply:
+    calibration = Calibration(tuple(LEVELS), DIMENSIONS, {"alignment": Fit(1.7, 0.4)}, {}, {})
+
+    def test_nothing_fitted_changes_nothing(self):
+        frame = scores_frame(10)
+        assert apply_calibration(frame, EMPTY).equals(frame)
+        assert apply_calibration(frame, Calibration(tuple(LEVELS), DIMENSIONS, {"realism": Fit()}, {}, {})).equals(
+            frame
+        )
+
+    def test_like_plain_numpy(self):
+        frame = with_failures(scores_frame(20))
+        found = apply_calibration(frame, self.calibration)
+        assert found.schema == frame.schema
+        assert found.columns == frame.columns
+        for before, after in zip(frame.iter_rows(named=True), found.iter_rows(named=True), strict=True):
+            assert after["realism_probs"] == before["realism_probs"]
+            if before["alignment"] is None:
+                assert after["alignment"] is after["alignment_probs"] is after["overall"] is None
+                continue
+            weights = np.array(before["alignment_probs"], float) ** (1 / 1.7) * np.exp(0.4 * LEVELS)
+            probs = weights / weights.sum()
+            assert after["alignment_probs"] == pytest.approx(probs, abs=1e-5)
+            assert after["alignment"] == pytest.approx(probs @ LEVELS, abs=1e-5)
+            assert after["alignment_std"] ** 2 == pytest.approx(probs @ LEVELS**2 - (probs @ LEVELS) ** 2, abs=1e-4)
+            assert after["alignment_entropy"] == pytest.approx(-np.sum(probs * np.log(probs)), abs=1e-4)
+            assert after["overall"] == pytest.approx((after["alignment"] + after["realism"]) / 2, abs=1e-6)
+
+    def test_identity_of_the_formula(self):
+        probs = np.random.default_rng(0).dirichlet(np.ones(9), size=5)
+        assert recalibrated(probs, LEVELS, 1.0, 0.0) == pytest.approx(probs, abs=1e-6)
+
+    def test_lazy_and_streamed(self):
+        frame = with_failures(scores_frame(50))
+        eager = apply_calibration(frame, self.calibration)
+        assert apply_calibration(frame.lazy(), self.calibration).collect(engine="streaming").equals(eager)
+
+    @pytest.mark.parametrize("rows", [0, 1])
+    def test_all_null(self, rows):
+        frame = with_failures(scores_frame(3))[1 : 1 + rows]
+        assert apply_calibration(frame, self.calibration).equals(frame)
+
+    def test_only_some_columns(self):
+        frame = scores_frame(4).select("key", "alignment", "alignment_probs")
+        assert apply_calibration(frame, self.calibration).columns == frame.columns
+        with pytest.raises(TableError, match="no column alignment_probs"):
+            apply_calibration(frame.drop("alignment_probs"), self.calibration)
+
+
+def rated(frame, *, raters=5, seed=1, temperature=2.0, dimensions=DIMENSIONS):
+    """Raters who draw from the scores' distributions at another temperature."""
+    rng = np.random.default_rng(seed)
+    tables = []
+    for name in dimensions:
+        probs = recalibrated(frame[f"{name}_probs"].to_numpy().astype(float), LEVELS, temperature, 0.0)
+        drawn = LEVELS[(rng.random((len(frame), raters, 1)) > np.cumsum(probs, axis=1)[:, None, :-1]).sum(axis=2)]
+        columns = {"key": frame["key"], "dimension": name, "rater": [[str(i) for i in range(raters)]] * len(frame)}
+        lists = pl.Series(drawn, dtype=pl.Array(pl.Float64, raters)).arr.to_list()
+        tables.append(pl.DataFrame(columns).with_columns(score=lists).explode("rater", "score"))
+    table = pl.concat(tables)
+    return Ratings(table, relative=False, source="human.csv")
+
+
+def run(frame, ratings, **options):
+    aggregated = aggregate(ratings, "mean")
+
+    def matched(calibration):
+        return match(apply_calibration(frame, calibration).lazy(), DIMENSIONS, ratings, aggregated)
+
+    return calibrate(matched(EMPTY), EMPTY, matched, **options)
+
+
+class TestCalibrate:
+    def test_end_to_end(self):
+        frame = scores_frame(600)
+        found = run(frame, rated(frame))
+        for name in DIMENSIONS:
+            fit = found.fits[name]
+            assert fit.temperature == pytest.approx(2.0, abs=0.3)
+            assert fit.shift == pytest.approx(0.0, abs=0.15)
+            assert fit.nll_after < fit.nll_before
+            assert fit.samples == 300
+        assert set(found.references) == {"alignment", "realism", "overall"}
+        assert len(found.references["overall"].score) == 300
+        calibrated = apply_calibration(frame, found)
+        known = set(calibrated["overall"].cast(pl.Float64).round(9))
+        assert set(found.references["overall"].score) <= known
+        assert run(frame, rated(frame)) == found
+
+    def test_halves_share_no_prompt(self):
+        frame = scores_frame(40)
+        found = run(frame, rated(frame), fit_share=0.3)
+        means = apply_calibration(frame, found)["alignment"].cast(pl.Float64).round(9).to_list()
+        held = [means.index(score) // 4 for score in found.references["alignment"].score]
+        assert len(held) == 28
+        assert all(held.count(group) == 4 for group in set(held))
+
+    def test_without_a_fit(self):
+        frame = scores_frame(30)
+        found = run(frame, rated(frame), fit_share=0)
+        assert found.fits["realism"] == Fit(samples=0)
+        assert len(found.references["realism"].score) == 30
+
+    def test_few_samples_stay_as_they_are(self):
+        frame = scores_frame(12)
+        fit = run(frame, rated(frame)).fits["realism"]
+        assert fit.is_identity
+        assert fit.note == "4 samples to fit, at least 20 are needed: left as it is"
+
+    def test_overall_needs_all_dimensions(self):
+        frame = scores_frame(60)
+        found = run(frame, rated(frame, dimensions=("realism",)))
+        assert set(found.references) == {"realism"}
+
+    def test_wrong_calls(self):
+        frame = scores_frame(30)
+        with pytest.raises(UsageError, match="--fit-share 1"):
+            run(frame, rated(frame), fit_share=1.0)
+        votes = rated(frame)
+        with pytest.raises(TableError, match="ranks and votes"):
+            run(frame, Ratings(votes.frame, relative=True, source="votes"))
+
+    def test_select_after_calibration_keeps_its_promise(self):
+        """The whole way, on held-out prompts: fitted, thresholded, checked."""
+        shares = []
+        for seed in range(12):
+            frame = scores_frame(800, seed=seed, per_group=1)
+            ratings = rated(frame, raters=25, seed=seed + 100)
+            first = pl.col("key").is_in(frame["key"][:400].to_list())
+            found = run(frame[:400], Ratings(ratings.frame.filter(first), relative=False, source="h"))
+            rest = apply_calibration(frame[400:], found)
+            kept = rest.filter(select_confident(rest["realism"], found, 3.5, 0.8, "realism"))
+            truth = aggregate(ratings, "mean").filter(pl.col("dimension") == "realism")
+            human = kept.join(truth, on="key")["score"]
+            shares.append((human < 3.5).mean() if human.len() else 0.0)
+        assert np.mean(shares) <= 0.2 + 2 * np.std(shares) / np.sqrt(12)
+
+
+class TestFile:
+    full = Calibration(
+        tuple(LEVELS),
+        DIMENSIONS,
+        {"realism": Fit(1.5, -0.2, 40, 1.3, 1.2)},
+        {"realism": Reference((1.5, 2.25), (1.0, 4.333333333))},
+        {"rubric": {"name": "z-reward", "hash": "h"}, "model": {"id": "m", "weights": "w"}},
+    )
+
+    def test_round_trip(self, tmp_path):
+        path = str(tmp_path / "calibration.json")
+        write_calibration(self.full, path)
+        assert read_calibration(path) == self.full
+        assert "expected share" in json.loads((tmp_path / "calibration.json").read_text())["guarantee"]
+        assert [entry.name for entry in tmp_path.iterdir()] == ["calibration.json"]
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("[]", "isn't a calibration"),
+            ("{}", "isn't a calibration"),
+            ("not json", "isn't a calibration"),
+            ('{"zscore_calibration": 9}', "of version 9"),
+            ('{"zscore_calibration": 1}', "isn't a calibration"),
+        ],
+    )
+    def test_other_files(self, tmp_path, text, message):
+        path = tmp_path / "calibration.json"
+        path.write_text(text)
+        with pytest.raises(TableError, match=message):
+            read_calibration(str(path))
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(TableError, match="no such file"):
+            read_calibration(str(tmp_path / "none.json"))
+
+    def test_scores_of_another_model_or_rubric(self):
+        good = {"rubric": {"name": "x", "hash": "h"}, "model": {"id": "m", "weights": "w"}}
+        check_made_for(self.full, good, "scores.parquet")
+        with pytest.raises(TableError, match="scores.parquet was scored with rubric hash 'other'"):
+            check_made_for(self.full, good | {"rubric": {"hash": "other"}}, "scores.parquet")
+        with pytest.raises(TableError, match="model weights 'v'"):
+            check_made_for(self.full, good | {"model": {"id": "m", "weights": "v"}}, "scores.parquet")
