@@ -31,7 +31,7 @@ type: setup-dev ## mypy, strict
 	$(BIN)/mypy
 
 bench: setup-dev ## every benchmark: a table each, JSON under benchmarks/results
-	@set -e; for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+	@set -e; for bench in benchmarks/[!_]*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
 docs: setup-dev ## write docs/cli.md from the commands' own help
 	$(BIN)/python scripts/cli_reference.py
