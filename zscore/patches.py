@@ -111,7 +111,12 @@ def patchify(rgb_HWC: NDArray[np.uint8], options: PixelOptions) -> NDArray[np.ui
 
 
 def cut(rgb_HWC: NDArray[np.uint8], options: PixelOptions) -> Pixels | Failure:
-    """Resize (Pillow's bicubic, as transformers) and patch an upright RGB picture of any size."""
+    """Resize and patch an upright RGB picture of any size.
+
+    The filter is Pillow's bicubic, so that the pixels are those of transformers' PIL back end. Its torchvision
+    back end is within one level of them where Pillow resizes across before down; where it takes the other order
+    (from Pillow 13 on, if that is cheaper), 1 value in 10,000 of a photo differs by 2 to 12 levels.
+    """
     height, width, _ = rgb_HWC.shape
     size = target_size(height, width, options)
     if isinstance(size, Failure):
