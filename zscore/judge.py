@@ -65,7 +65,7 @@ class Judge:
         """Everything about the judge that a row depends on."""
         return {
             "model": self.weights,
-            "rubric": self.rubric.hash,
+            "rubric": f"{self.rubric.name} ({self.rubric.hash[:16]})",
             "layout": self.layout,
             "template": self.builder.hash,
             "engine": self.engine_name,

@@ -89,10 +89,12 @@ class Output:
         name = LOCK_FILE
         if self.is_folder:
             name = f".{LOCK_FILE}-{_digest(chr(10).join(shard.name for shard in shards))}"
-        with self._parts.lock(name):
-            yield
-        if not self.is_folder and self._parts.names() == set():
-            self._parts.delete_folder()
+        try:
+            with self._parts.lock(name):
+                yield
+        finally:
+            if not self.is_folder and self._parts.names() == set():
+                self._parts.delete_folder()
 
     def final_metadata(self) -> dict[str, Any] | None:
         """Metadata of the finished file, or None where there is none (a folder never has one)."""
