@@ -33,7 +33,7 @@ from collections import deque
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 from PIL import AvifImagePlugin
@@ -42,9 +42,6 @@ from zscore import images
 from zscore.errors import EngineError
 from zscore.patches import PixelOptions
 from zscore.records import Failure, Pixels, Status
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 SLOTS = 2
 """Jobs that a worker may hold: one in the making, one waiting, so that it needn't wait for the parent's next look."""
@@ -66,6 +63,9 @@ _ADDRESS_SPACE = 4 << 30
 
 _JOB = struct.Struct("<QB")
 """A message of the jobs pipe: bytes in the slot, number of the slot."""
+
+_TAKEN = struct.Struct("<Q")
+"""What a worker's ledger, a third memfd, holds: how many jobs it has taken up. It can be read after a crash."""
 
 _BOOT = """
 import json, sys
@@ -111,9 +111,7 @@ class DecodePool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -201,9 +199,9 @@ class DecodePool:
                 self._replace(worker, overdue=True)
 
     def _replace(self, worker: _Worker, *, overdue: bool = False) -> None:
-        """Put a new worker in the place of a dead or stuck one, whose oldest job is to blame."""
+        """Put a new worker in the place of a dead or stuck one; the job that it was at is to blame, if any."""
         self._workers.remove(worker)
-        code = worker.end()
+        code, busy = worker.end()
         self._stillborn = 0 if worker.ready else self._stillborn + 1
         if self._stillborn == _MAX_STILLBORN:
             self.close()
@@ -211,7 +209,7 @@ class DecodePool:
                 f"decode workers don't start (exit code {code} for {_MAX_STILLBORN} in a row): what they print "
                 "stands above; without workers, pictures are decoded in this process"
             )
-        if worker.jobs and worker.ready:
+        if busy:
             job = worker.jobs.popleft()
             failure = Failure(Status.BAD_IMAGE, _cause(code, self._timeout_s, overdue=overdue))
             self._done.append(Decoded(job.tag, failure, hashlib.sha256(job.data).hexdigest()))
@@ -246,6 +244,8 @@ class _Worker:
         self._since = time.monotonic()
         self._sent = self._answered = 0
         self._slots = [os.memfd_create(f"zscore-slot-{number}") for number in range(SLOTS)]
+        self._ledger = os.memfd_create("zscore-ledger")
+        os.pwrite(self._ledger, _TAKEN.pack(0), 0)
         jobs_read, jobs_write = os.pipe()
         replies_read, replies_write = os.pipe()
         self.replies = Connection(replies_read, writable=False)
@@ -255,6 +255,7 @@ class _Worker:
             "jobs": jobs_read,
             "replies": replies_write,
             "slots": self._slots,
+            "ledger": self._ledger,
             "timeout_s": timeout_s,
             "options": asdict(options),
             "parent": os.getpid(),
@@ -266,7 +267,7 @@ class _Worker:
                 [sys.executable, "-P", "-c", _BOOT, json.dumps(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(jobs_read, replies_write, *self._slots),
+                pass_fds=(jobs_read, replies_write, self._ledger, *self._slots),
                 process_group=0,  # Ctrl-C in the terminal is the parent's affair, also while Python starts
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
             )
@@ -276,6 +277,12 @@ class _Worker:
         finally:
             os.close(jobs_read)
             os.close(replies_write)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has taken up the oldest job; otherwise its death isn't that picture's fault."""
+        (taken,) = _TAKEN.unpack(os.pread(self._ledger, _TAKEN.size, 0))
+        return bool(taken > self._answered)
 
     @property
     def deadline(self) -> float:
@@ -292,7 +299,7 @@ class _Worker:
             self._jobs.send_bytes(_JOB.pack(len(job.data), slot))
         except BrokenPipeError:
             return False
-        if not self.jobs and self.ready:
+        if not self.jobs:
             self._since = time.monotonic()
         self.jobs.append(job)
         self._sent += 1
@@ -320,18 +327,18 @@ class _Worker:
             os.ftruncate(slot, 0)
         return Decoded(self.jobs.popleft().tag, outcome, reply["sha256"])
 
-    def end(self) -> int:
-        """Kill the process if it lives, and return its exit code (minus the signal's number if one ended it)."""
+    def end(self) -> tuple[int, bool]:
+        """Kill the process if it lives; return its exit code, and whether a picture was at work in it."""
         self.process.kill()
-        code = self.process.wait()
+        code, busy = self.process.wait(), self.busy
         self._close_files()
-        return code
+        return code, busy
 
     def _close_files(self) -> None:
         self.replies.close()
         self._jobs.close()
-        for slot in self._slots:
-            os.close(slot)
+        for file in (self._ledger, *self._slots):
+            os.close(file)
 
 
 def serve(config: dict[str, Any]) -> NoReturn:
@@ -345,8 +352,11 @@ def serve(config: dict[str, Any]) -> NoReturn:
     # libtiff and others print to the terminal; until here, a failed start could say so.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     options = PixelOptions(**config["options"])
+    taken = 0
     while True:
         size, number = queue.get()
+        taken += 1
+        os.pwrite(config["ledger"], _TAKEN.pack(taken), 0)
         slot = config["slots"][number]
         data = os.pread(slot, size, 0)
         signal.setitimer(signal.ITIMER_REAL, config["timeout_s"])
