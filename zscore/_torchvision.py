@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-
-import torch
+from typing import Any
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_declared: list[torch.library.Library] = []  # a Library's declarations end with it
+_declared: list[Any] = []  # a Library's declarations end with it
 
 
 def ensure_importable() -> bool:
@@ -29,6 +28,8 @@ def ensure_importable() -> bool:
     """
     if _declared:
         return True
+    import torch
+
     if torch.version.cuda is not None:
         return False
     spec = importlib.util.find_spec("torchvision")
@@ -42,6 +43,8 @@ def ensure_importable() -> bool:
 
 
 def _compiled_ops_load(package: Path) -> bool:
+    import torch
+
     for path in sorted(package.glob("_C*.so")):
         try:
             torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
