@@ -1,0 +1,402 @@
+"""Kept samples → new webdataset shards, every member byte for byte as it was, and a wids index of them.
+
+Nothing is decoded or parsed but headers. Output shards are filled in the order of the source shards and, inside one,
+of its samples, whatever the order of the kept rows; so the same input gives the same shards. A shard is complete as
+soon as it is there under its name; beside it a record says how far it goes, and the same command resumes behind it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+import tarfile
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import polars as pl
+
+from zscore.errors import OutputMismatchError, TableError, UsageError
+from zscore.samples import ReadOptions
+from zscore.shards import expand
+from zscore.sources import locate
+from zscore.store import open_store
+from zscore.tar import BLOCK
+from zscore.tar_copy import write_all
+from zscore.texts import GZIP_SUFFIX, parse_sources, parse_suffixes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+    from typing import IO
+
+    from zscore.sources import Source
+    from zscore.tables import Scores
+    from zscore.tar_copy import Passage
+
+    Copy = Callable[[Passage, int], None]
+
+PLAN_FILE = "plan.json"
+SCORES_SUFFIX = "zscore.json"
+# What the sample itself holds, or what is the same for all that is kept.
+NOT_SCORES = frozenset({"shard", "index", "key", "prompt", "status", "error"})
+PREFIX = re.compile(r"[\w-][\w.-]*")
+# How the tar reader shows bytes of a name that aren't UTF-8.
+NOT_UTF8 = re.compile(r"\\x[89a-f][0-9a-f]")
+# Like GNU tar and Python's tarfile: archives end on a multiple of 20 blocks.
+RECORD = 20 * BLOCK
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+SHARD_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?(B)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSize:
+    """When an output shard is full."""
+
+    samples: int | None = None
+    bytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`10000` samples, or at least `500MB` (KB, MB, GB; KiB, MiB, GiB).
+
+        Raises:
+            UsageError: neither.
+        """
+        found = SHARD_SIZE.fullmatch(text.strip())
+        if not found or float(found[1]) <= 0:
+            raise UsageError(f"--shard-size '{text}': give samples (10000) or bytes (500MB, 1GiB)")
+        if not (found[2] or found[3]):
+            if "." in found[1]:
+                raise UsageError(f"--shard-size '{text}': samples are counted in whole numbers")
+            return cls(samples=int(found[1]))
+        return cls(bytes=int(float(found[1]) * UNITS[(found[2] or "").upper()]))
+
+    def is_full(self, samples: int, size: int) -> bool:
+        """Whether the next sample begins a new shard."""
+        return (self.samples is not None and samples >= self.samples) or (self.bytes is not None and size >= self.bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReshardOptions:
+    """What to copy, and where to."""
+
+    shards: tuple[str, ...]
+    """Source shards: files, folders, globs, braces, fsspec urls."""
+    out: str
+    """Folder or fsspec url of the new shards."""
+    prefix: str = "kept"
+    """Shards are called PREFIX-000000.tar and so on."""
+    shard_size: str = "10000"
+    """Samples, or bytes with a unit."""
+    add_scores: bool = False
+    """Adds a member KEY.zscore.json with the row's scores to every sample."""
+    overwrite: bool = False
+    """Replaces an earlier output of the same prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished output shard."""
+
+    name: str
+    samples: int
+    size: int
+    source: str
+    """Where its last sample comes from."""
+    index: int
+
+
+@dataclass(slots=True)
+class Result:
+    """What lies in the output folder now."""
+
+    index: str
+    """Path of the wids index."""
+    shards: list[Written] = field(default_factory=list)
+    resumed: int = 0
+    """Of the shards, how many an earlier run had finished."""
+
+    @property
+    def samples(self) -> int:
+        """In all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+
+def reshard(kept: Scores, options: ReshardOptions, on_shard: Callable[[Written], None] | None = None) -> Result:
+    """Copy kept samples into new shards.
+
+    Args:
+        kept: rows with `shard` and `index`, and `key` to check that the shards are still those that were scored.
+        options: sources and output.
+        on_shard: called with every shard that is finished.
+
+    Raises:
+        TableError: the rows name no sample, one twice, or one that its shard doesn't hold.
+        ShardNotFoundError: a source argument matches nothing.
+        UsageError: an option that can't be read.
+        OutputMismatchError: the folder holds another output of this prefix.
+        OutputError: it can't be written, or another run is writing there.
+    """
+    size = ShardSize.parse(options.shard_size)
+    if not PREFIX.fullmatch(options.prefix):
+        raise UsageError(f"--prefix '{options.prefix}': letters, digits, '-', '_' and '.' only, no '.' in front")
+    kept.require("shard", "index")
+    sources = locate(kept.frame, expand(options.shards))
+    return _Job(kept, options, size, sources).run(on_shard or (lambda _: None))
+
+
+def _stand_ins(scored_with: Mapping[str, Any]) -> frozenset[str]:
+    """Suffixes of pictures and texts, for which a link counts as a file of its sample."""
+    read = ReadOptions()
+    sources = parse_sources(scored_with.get("prompt_keys", read.prompt_keys))
+    texts = {source.suffix for source in sources} | ({"json"} if scored_with.get("group_key") else set())
+    images = parse_suffixes(scored_with.get("image_keys", read.image_keys), "image_keys")
+    return frozenset({*images, *texts, *(text + GZIP_SUFFIX for text in texts)})
+
+
+class _Job:
+    """One call of `reshard`."""
+
+    def __init__(self, kept: Scores, options: ReshardOptions, size: ShardSize, sources: Sequence[Source]) -> None:
+        self._kept = kept
+        self._options = options
+        self._size = size
+        self._sources = sources
+        out = options.out.rstrip("/") or "/"
+        self._out = open_store(out)
+        # Hidden, so that a glob or a folder of the output only holds shards.
+        self._state = open_store(f"{out}/.{options.prefix}-reshard")
+        self._index = f"{options.prefix}-index.json"
+        self._result = Result(self._out.path(self._index))
+
+    def run(self, on_shard: Callable[[Written], None]) -> Result:
+        plan = self._plan()
+        with self._state.lock("lock"):
+            if not self._is_done(plan):
+                self._begin(plan)
+                self._copy(on_shard)
+                self._write_index(plan)
+        self._state.delete_folder()
+        return self._result
+
+    def _plan(self) -> dict[str, Any]:
+        """All that the output depends on."""
+        rows = hashlib.sha256()
+        for source in self._sources:
+            rows.update(f"{source.name}\n".encode() + source.rows["index"].to_numpy().tobytes())
+        scores = {name: self._kept.metadata.get(name) for name in ("rubric", "model", "created", "finished")}
+        return {
+            "kept": rows.hexdigest(),
+            "samples": sum(source.rows.height for source in self._sources),
+            "sources": {source.shard.name: [source.shard.size, source.shard.version] for source in self._sources},
+            "shard_size": self._options.shard_size,
+            "scores": _digest(scores, self._score_columns()) if self._options.add_scores else None,
+        }
+
+    def _score_columns(self) -> list[str]:
+        return [name for name in self._kept.schema if name not in NOT_SCORES]
+
+    def _is_done(self, plan: dict[str, Any]) -> bool:
+        there = self._out.names()
+        if self._index not in there or self._options.overwrite:
+            return False
+        with self._out.open(self._index) as stream:
+            index = json.loads(stream.read())
+        self._check(index.get("zscore"), plan)
+        shards = [Written(**entry) for entry in index["zscore"]["shards"]]
+        if any(shard.name not in there for shard in shards):
+            return False
+        self._result.shards, self._result.resumed = shards, len(shards)
+        return True
+
+    def _check(self, before: Mapping[str, Any] | None, plan: Mapping[str, Any]) -> None:
+        """Refuse to go on with what another call has begun."""
+        for name, value in plan.items():
+            if not before or before.get(name) != value:
+                raise OutputMismatchError(
+                    f"{self._options.out} holds '{self._options.prefix}' shards of another call ({name} differs): give "
+                    "another --out or --prefix, or --overwrite"
+                )
+
+    def _begin(self, plan: dict[str, Any]) -> None:
+        """Find out how far an earlier run came, or clear the way."""
+        there, records = self._out.names(), self._state.names()
+        ours = re.compile(re.escape(self._options.prefix) + r"-\d{6,}\.tar")
+        shards = sorted(name for name in there if ours.fullmatch(name))
+        if self._options.overwrite:
+            for name in (self._index, *shards):
+                self._out.delete(name)
+            for name in records - {"lock"}:
+                self._state.delete(name)
+        elif len(records - {"lock", PLAN_FILE}):
+            with self._state.open(PLAN_FILE) as stream:
+                self._check(json.loads(stream.read()), plan)
+            self._resume(there, records)
+            return
+        elif shards and self._index not in there:
+            raise OutputMismatchError(
+                f"{self._options.out} holds {shards[0]}, which no reshard left unfinished: give another --out or "
+                "--prefix, or --overwrite"
+            )
+        with self._state.write(PLAN_FILE) as stream:
+            stream.write(json.dumps(plan).encode())
+
+    def _resume(self, there: set[str], records: set[str]) -> None:
+        for number in itertools.count():
+            name = self._name(number)
+            if name not in there or f"{name}.json" not in records:
+                return
+            with self._state.open(f"{name}.json") as stream:
+                shard = Written(**json.loads(stream.read()))
+            with self._out.open(name) as stream:
+                if stream.seek(0, io.SEEK_END) != shard.size:
+                    return
+            self._result.shards.append(shard)
+            self._result.resumed += 1
+
+    def _name(self, number: int) -> str:
+        return f"{self._options.prefix}-{number:06d}.tar"
+
+    def _copy(self, on_shard: Callable[[Written], None]) -> None:
+        """Copy all that isn't there yet."""
+        stand_ins = _stand_ins(self._kept.metadata.get("options", {}))
+        done = self._result.shards[-1] if self._result.shards else None
+        sources = list(self._sources)
+        while done is not None and sources and sources[0].shard.name != done.source:
+            sources.pop(0)
+        after = done.index if done else -1
+        with _Writer(self, on_shard) as writer:
+            for source in sources:
+                scores = self._scores(source)
+                for passage, copy in source.passages(after, stand_ins):
+                    writer.add(source, passage, copy, scores)
+                after = -1
+
+    def _scores(self, source: Source) -> dict[int, dict[str, Any]] | None:
+        """The rows of one source as they go into its samples."""
+        if not self._options.add_scores:
+            return None
+        rows = self._kept.frame.filter(pl.col("shard").cast(pl.String) == source.name)
+        found = rows.select("index", *self._score_columns()).collect()
+        return {row.pop("index"): row for row in found.iter_rows(named=True)}
+
+    def finished(self, shard: Written) -> None:
+        """Write down that a shard is complete; it is there under its name already."""
+        with self._state.write(f"{shard.name}.json") as stream:
+            stream.write(json.dumps(asdict(shard)).encode())
+        self._result.shards.append(shard)
+
+    def next_shard(self) -> tuple[str, contextlib.AbstractContextManager[IO[bytes]]]:
+        """Name of the next shard, and its file."""
+        name = self._name(len(self._result.shards))
+        return name, self._out.write(name)
+
+    def is_full(self, samples: int, size: int) -> bool:
+        """Whether a shard takes no more."""
+        return self._size.is_full(samples, size)
+
+    def _write_index(self, plan: dict[str, Any]) -> None:
+        """The list of shards that webdataset's `wids` reads; urls are relative to it."""
+        shards = self._result.shards
+        index = {
+            "__kind__": "wids-shard-index-v1",
+            "wids_version": 1,
+            "name": self._options.prefix,
+            "shardlist": [{"url": shard.name, "nsamples": shard.samples, "filesize": shard.size} for shard in shards],
+            "zscore": {**plan, "shards": [asdict(shard) for shard in shards]},
+        }
+        with self._out.write(self._index) as stream:
+            stream.write((json.dumps(index, indent=1) + "\n").encode())
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _Writer:
+    """Fills output shards one after the other."""
+
+    def __init__(self, job: _Job, on_shard: Callable[[Written], None]) -> None:
+        self._job = job
+        self._on_shard = on_shard
+        self._file = contextlib.ExitStack()
+        self._descriptor = -1
+        self._name = ""
+        self._samples = 0
+        self._size = 0
+        self._last: tuple[Source, Passage] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        else:
+            self._file.__exit__(kind, error, trace)  # drops the shard that was begun
+
+    def add(self, source: Source, passage: Passage, copy: Copy, scores: dict[int, dict[str, Any]] | None) -> None:
+        """Append a sample, in a new shard where the current one is full."""
+        # Readers take neighbours of one key for one sample; keys may repeat, so those don't become neighbours.
+        follows_itself = self._last is not None and self._last[1].key == passage.key
+        if self._samples and (follows_itself or self._job.is_full(self._samples, self._size)):
+            self._finish()
+        if not self._samples:
+            self._name, file = self._job.next_shard()
+            self._descriptor = self._file.enter_context(file).fileno()
+        copy(passage, self._descriptor)
+        self._size += passage.size
+        if scores is not None:
+            member = score_member(source, passage, scores[passage.index])
+            write_all(self._descriptor, member)
+            self._size += len(member)
+        self._samples += 1
+        self._last = source, passage
+
+    def _finish(self) -> None:
+        if self._last is None or not self._samples:
+            return
+        end = bytes(2 * BLOCK + -(self._size + 2 * BLOCK) % RECORD)
+        write_all(self._descriptor, end)
+        self._file.close()
+        source, passage = self._last
+        shard = Written(self._name, self._samples, self._size + len(end), source.shard.name, passage.index)
+        self._job.finished(shard)
+        self._on_shard(shard)
+        self._samples, self._size = 0, 0
+
+
+def score_member(source: Source, passage: Passage, row: dict[str, Any]) -> bytes:
+    """A tar member KEY.zscore.json with one row's scores; the same row gives the same bytes.
+
+    Raises:
+        TableError: the sample has such a member, or a name that it can't share.
+    """
+    where = f"sample {passage.index} ('{passage.key}') of {source.shard.name}"
+    if SCORES_SUFFIX in passage.suffixes:
+        raise TableError(f"{where} has a .{SCORES_SUFFIX} member already: leave --add-scores out")
+    if NOT_UTF8.search(passage.key):
+        raise TableError(f"{where} has a name that isn't UTF-8: leave --add-scores out")
+    data = json.dumps({name: _plain(value) for name, value in row.items()}, default=str).encode()
+    header = tarfile.TarInfo(f"{passage.key}.{SCORES_SUFFIX}")
+    header.size = len(data)
+    return header.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % BLOCK)
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: float32's noise rounded off, no NaN."""
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return [_plain(item) for item in value] if isinstance(value, list) else value
