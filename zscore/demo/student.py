@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
 
 from zscore.demo import tokenizer
 
@@ -97,6 +95,9 @@ def build_student(
         text: Overrides of the language model's config, e.g. a larger body for a benchmark.
         vision: Overrides of the vision tower's.
     """
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     text = {**TEXT, **(text or {})}
     vision = {**VISION, **(vision or {}), "out_hidden_size": text["hidden_size"]}
