@@ -128,6 +128,7 @@ class GzipSource:
         self._input = b""
         self._at = 0
         self._ended = False
+        self._fault: ShardFault | None = None
 
     def read_at(self, offset: int, count: int) -> bytes:
         """See `Source`."""
@@ -141,23 +142,31 @@ class GzipSource:
 
     def _inflate(self, count: int) -> bytes:
         while not self._ended:
+            if self._fault is not None:
+                raise self._fault
             if self._inflater.eof:
                 self._next_member()
                 continue
             if not self._input:
                 self._input = self._packed.read_some()
             if not self._input:
-                raise ShardFault(Status.TRUNCATED_SHARD, f"the gzip stream ends early, at byte {self._packed.position}")
-            try:
-                data = self._inflater.decompress(self._input, count)
-            except zlib.error as error:
-                text = f"the gzip stream is damaged before byte {self._packed.position}: {error}"
-                raise ShardFault(Status.BAD_SHARD, text) from error
-            self._input = self._inflater.unconsumed_tail
-            if data:
+                text = f"the gzip stream ends early, at byte {self._packed.position}"
+                raise ShardFault(Status.TRUNCATED_SHARD, text)
+            if data := self._inflate_input(count):
                 self._at += len(data)
                 return data
         return b""
+
+    def _inflate_input(self, count: int) -> bytes:
+        before = self._inflater.copy()
+        try:
+            data = self._inflater.decompress(self._input, count)
+        except zlib.error as error:
+            text = f"the gzip stream is damaged before byte {self._packed.position}: {error}"
+            self._fault = ShardFault(Status.BAD_SHARD, text)
+            return _inflate_to_damage(before, self._input)
+        self._input = self._inflater.unconsumed_tail
+        return data
 
     def _next_member(self) -> None:
         rest = self._inflater.unused_data
@@ -167,6 +176,17 @@ class GzipSource:
         self._ended = not rest.startswith(_GZIP_MAGIC)
         self._inflater = zlib.decompressobj(_GZIP_WBITS)
         self._input = rest
+
+
+def _inflate_to_damage(inflater: zlib._Decompress, data: bytes) -> bytes:
+    """Returns what comes before the damage, which zlib throws away where it finds both in one call."""
+    inflated = bytearray()
+    try:
+        for at in range(len(data)):
+            inflated += inflater.decompress(data[at : at + 1])
+    except zlib.error:
+        return bytes(inflated)
+    raise AssertionError("the damage is found again")
 
 
 @contextmanager
