@@ -24,14 +24,17 @@ from scipy.optimize import minimize
 
 from zscore import distribution_metrics
 from zscore.errors import TableError, UsageError
-from zscore.human import DECIMALS, OVERALL, read_text
+from zscore.human import DECIMALS, OVERALL, aggregate, read_text
+from zscore.matching import match
 from zscore.store import open_store, split_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from zscore.agreement import Floats
+    from zscore.human import Aggregation, Ratings
     from zscore.matching import Comparison, Matched
+    from zscore.tables import Scores
 
     Rematch = Callable[["Calibration"], Matched]
 
@@ -91,6 +94,44 @@ class Calibration:
     """By score column: the rated dimensions, and `overall` where people rated it or all dimensions."""
     provenance: dict[str, Any]
     """Rubric, model, aggregation, files: scores made otherwise are refused."""
+
+
+def calibrate_scores(
+    scores: Scores,
+    ratings: Ratings,
+    *,
+    aggregation: Aggregation = "trimmed",
+    by: str | None = None,
+    allow_missing: bool = False,
+    fit_share: float = 0.5,
+    seed: int = 0,
+) -> Calibration:
+    """Calibrate a scored table on people's ratings of some of its rows.
+
+    Args:
+        scores: the table.
+        ratings: of its pictures, on the rubric's scale.
+        aggregation: how several raters become one human score and one histogram.
+        by: scores column that holds the groups (prompts).
+        allow_missing: leave rated samples out that the table doesn't have.
+        fit_share: see `calibrate`.
+        seed: see `calibrate`.
+    """
+    aggregated = aggregate(ratings, aggregation)
+    dimensions = tuple(scores.metadata["rubric"]["dimensions"])
+
+    def rematch(calibration: Calibration) -> Matched:
+        frame = apply_calibration(scores.frame, calibration)
+        return match(frame, dimensions, ratings, aggregated, by=by, allow_missing=allow_missing)
+
+    settings = {"aggregate": aggregation, "fit_share": fit_share, "seed": seed}
+    made_for = {
+        "rubric": {name: scores.metadata["rubric"][name] for name in ("name", "hash")},
+        "model": scores.metadata["model"],
+    }
+    sources = {"scores": list(scores.files), "human": ratings.source}
+    empty = Calibration(scores.values, dimensions, {}, {}, {**made_for, "settings": settings, "sources": sources})
+    return calibrate(rematch(empty), empty, rematch, fit_share=fit_share, seed=seed)
 
 
 def calibrate(
@@ -172,14 +213,7 @@ def _mean_nll(probs_NJ: Floats, human_NJ: Floats) -> float | None:
 def fit_distribution(
     probs_NK: Floats, human_NJ: Floats, values_K: Floats, split_KJ: Floats
 ) -> tuple[float, float, bool]:
-    """Temperature and shift that maximise the likelihood of the raters' histograms, and whether a bound stopped them.
-
-    Args:
-        probs_NK: the model's distributions.
-        human_NJ: the raters'.
-        values_K: level values.
-        split_KJ: from levels to the raters' points.
-    """
+    """Temperature and shift that make the raters' histograms most likely, and whether a bound stopped them."""
     centre = values_K.mean()
     features_2NK = np.stack([_log(probs_NK), np.broadcast_to(values_K - centre, probs_NK.shape)])
 

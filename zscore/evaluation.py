@@ -33,6 +33,7 @@ class DimensionReport:
     samples: int
     groups: int
     ratings: int
+    """Behind the human scores; 0 for an overall that is a mean of other dimensions."""
     pairs: int
     """Same-group pairs with a human preference."""
     margin_pairs: int
@@ -113,7 +114,7 @@ def _dimension(
         note=comparison.note,
         samples=comparison.score_N.size,
         groups=groups,
-        ratings=int(comparison.ratings.list.len().sum()),
+        ratings=0 if comparison.note else int(comparison.ratings.list.len().sum()),
         pairs=int(tied.pairs_G.sum()),
         margin_pairs=int(wide.pairs_G.sum()),
         human_ties=int(tied.human_tied_G.sum()),

@@ -211,6 +211,18 @@ def _shown(rows: pl.DataFrame) -> str:
     return ", ".join(f"{name} {value!r}" for name, value in first.items() if value is not None and name != "len")
 
 
+def aggregation(name: str) -> Aggregation:
+    """The rule of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for rule in AGGREGATIONS:
+        if rule == name:
+            return rule
+    raise UsageError(f"--aggregate '{name}' is none of {', '.join(AGGREGATIONS)}")
+
+
 def aggregate(ratings: Ratings, how: Aggregation) -> pl.DataFrame:
     """One row per sample and dimension, sorted: its aggregated score, the ratings behind it, and how many there were.
 
@@ -223,8 +235,6 @@ def aggregate(ratings: Ratings, how: Aggregation) -> pl.DataFrame:
         The sample's columns, dimension, score (float64, rounded to 1e-9), ratings (list, those that were kept) and
         raters (those that rated).
     """
-    if how not in AGGREGATIONS:
-        raise UsageError(f"--aggregate '{how}' is none of {', '.join(AGGREGATIONS)}")
     by = [*ratings.sample, "dimension"]
     grouped = ratings.frame.group_by(by).agg(ratings=pl.col("score").sort(), raters=pl.len()).sort(by)
     if how == "trimmed":

@@ -6,12 +6,18 @@ from typing import Annotated
 
 import typer
 
+from zscore.cli.calibrate import calibrate
 from zscore.cli.demo import demo
 from zscore.cli.doctor import doctor
+from zscore.cli.evaluate import evaluate
+from zscore.cli.reshard import reshard
 from zscore.cli.score import score
 
 COMMANDS = {
     "score": score,
+    "eval": evaluate,
+    "calibrate": calibrate,
+    "reshard": reshard,
     "demo": demo,
     "doctor": doctor,
 }
