@@ -10,11 +10,13 @@ from zscore.cli.calibrate import calibrate
 from zscore.cli.demo import demo
 from zscore.cli.doctor import doctor
 from zscore.cli.evaluate import evaluate
+from zscore.cli.filter import filter_scores
 from zscore.cli.reshard import reshard
 from zscore.cli.score import score
 
 COMMANDS = {
     "score": score,
+    "filter": filter_scores,
     "eval": evaluate,
     "calibrate": calibrate,
     "reshard": reshard,

@@ -1,0 +1,186 @@
+"""The criteria that `zscore filter` looks at row by row, as polars expressions with their reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from zscore.errors import TableError, UsageError
+from zscore.records import Status
+from zscore.table_output import fetch
+from zscore.tables import OVERALL, known
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from zscore.calibration import Calibration
+    from zscore.expressions import Probability, ScoreExpression
+    from zscore.tables import Scores
+
+# float32 probabilities sum to 1 within a few 1e-7; asking for a share of 1 must be possible.
+SLACK = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterOptions:
+    """What `filter_scores` keeps; every criterion must hold."""
+
+    minimum: Mapping[str, float] = field(default_factory=dict)
+    """Least score by dimension or `overall`, compared in the column's own float32."""
+    maximum: Mapping[str, float] = field(default_factory=dict)
+    max_std: Mapping[str, float] = field(default_factory=dict)
+    """Largest std by dimension; `overall` stands for every dimension."""
+    prob: tuple[Probability, ...] = ()
+    """Least share of a distribution beyond a value."""
+    where: str | None = None
+    """A polars SQL expression; null counts as false."""
+    dedupe: bool = False
+    """Of rows with the same picture bytes, keep the first that passes the criteria above."""
+    fraction: float | None = None
+    """Share of the rows that pass everything else, best first."""
+    score: str = OVERALL
+    """Expression that `fraction` ranks by."""
+    calibration: Calibration | None = None
+    """Decide by calibrated scores (what is written stays as it was)."""
+    confidence: float | None = None
+    """Turn every minimum into the conformal threshold of `zscore.calibration`."""
+
+    def described(self) -> dict[str, object]:
+        """The criteria that are set, for the metadata."""
+        found: dict[str, object] = {
+            "min": dict(self.minimum),
+            "max": dict(self.maximum),
+            "max_std": dict(self.max_std),
+            "prob": [str(wanted) for wanted in self.prob],
+            "where": self.where,
+            "dedupe": self.dedupe,
+            "fraction": self.fraction,
+            "score": self.score if self.fraction is not None else None,
+            "confidence": self.confidence,
+            "calibrated": self.calibration is not None,
+        }
+        return {name: value for name, value in found.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """Something that a row must pass."""
+
+    reason: str
+    passes: pl.Expr
+    columns: tuple[str, ...] = ()
+    """Scores that it reads; they must be finite."""
+
+
+def is_ok() -> pl.Expr:
+    """Whether a row has scores."""
+    return (pl.col("status") == Status.OK.value).fill_null(value=False)
+
+
+def row_criteria(
+    scores: Scores, frame: pl.LazyFrame, options: FilterOptions, ranking: ScoreExpression | None
+) -> list[Criterion]:
+    """All row-wise criteria in the order of their reasons."""
+    minimum = _minimum(scores, frame, options)
+    found = [*minimum, *_maximum(scores, options), *_probabilities(scores, options), *_stds(scores, options)]
+    if options.where is not None:
+        found.append(Criterion("where", _where(scores, frame, options.where)))
+    if options.dedupe:
+        scores.require("sha256")
+    read = {name: None for criterion in found for name in criterion.columns}
+    read |= dict.fromkeys(ranking.columns() if ranking else ())
+    if not read and OVERALL in scores.schema:
+        read = {OVERALL: None}
+    scores.require(*read)
+    finite = [pl.col(name).is_finite().fill_null(value=False) for name in read]
+    return [*([Criterion("nonfinite_score", pl.all_horizontal(finite))] if finite else []), *found]
+
+
+def _minimum(scores: Scores, frame: pl.LazyFrame, options: FilterOptions) -> list[Criterion]:
+    if options.confidence is None:
+        return [
+            Criterion(f"min:{name}", pl.col(scores.check_score(name, "--min")) >= _float32(bound), (name,))
+            for name, bound in options.minimum.items()
+        ]
+    if options.calibration is None:
+        raise UsageError("--confidence needs --calibration: make one with `zscore calibrate`")
+    if not options.minimum:
+        raise UsageError("--confidence needs --min: the score that kept pictures are to have")
+    from zscore.calibration import confident_threshold  # scipy's 0.3 s are for those who use it
+    from zscore.human import DECIMALS
+
+    found = []
+    for name, bound in options.minimum.items():
+        column = scores.check_score(name, "--min")
+        scored = fetch(frame.filter(is_ok()).select(column), scores.name).to_series()
+        threshold = confident_threshold(scored, options.calibration, bound, options.confidence, column)
+        # The threshold was found among scores that were rounded like this, so that equal ones tie.
+        above = pl.col(column).cast(pl.Float64).round(DECIMALS) > threshold
+        found.append(Criterion(f"confidence:{name}", above, (name,)))
+    return found
+
+
+def _maximum(scores: Scores, options: FilterOptions) -> list[Criterion]:
+    return [
+        Criterion(f"max:{name}", pl.col(scores.check_score(name, "--max")) <= _float32(bound), (name,))
+        for name, bound in options.maximum.items()
+    ]
+
+
+def _float32(value: float) -> pl.Expr:
+    """A bound as the column would hold it: 3.7 in the table is at least --min 3.7."""
+    return pl.lit(value, pl.Float32)
+
+
+def _stds(scores: Scores, options: FilterOptions) -> list[Criterion]:
+    found = {}
+    for name, bound in options.max_std.items():
+        for dimension in scores.dimensions if name == OVERALL else [name]:
+            column = f"{scores.check_score(dimension, '--max-std', overall=False)}_std"
+            found[column] = Criterion(f"max_std:{dimension}", pl.col(column) <= _float32(bound), (column,))
+    return list(found.values())
+
+
+def _probabilities(scores: Scores, options: FilterOptions) -> list[Criterion]:
+    found = []
+    for wanted in options.prob:
+        column = f"{scores.check_score(wanted.dimension, '--prob', overall=False)}_probs"
+        scores.require(column)
+        if not scores.values:
+            raise TableError(f"--prob {wanted}: the files' rubrics have different levels; filter them one by one")
+        share = pl.sum_horizontal(level(scores, column, k).cast(pl.Float64) for k in wanted.levels(scores.values))
+        if not wanted.levels(scores.values):
+            raise UsageError(
+                f"--prob {wanted}: no level is {wanted.comparison} {wanted.value:g};"
+                f" they go from {scores.values[0]:g} to {scores.values[-1]:g}"
+            )
+        passes = (share.is_finite() & (share >= wanted.minimum - SLACK)).fill_null(value=False)
+        found.append(Criterion(f"prob:{wanted.dimension}", passes, (wanted.dimension,)))
+    return found
+
+
+def level(scores: Scores, column: str, k: int) -> pl.Expr:
+    """The probability of level k."""
+    if isinstance(scores.schema[column], pl.Array):
+        return pl.col(column).arr.get(k)
+    return pl.col(column).list.get(k, null_on_oob=True)
+
+
+def _where(scores: Scores, frame: pl.LazyFrame, text: str) -> pl.Expr:
+    """The SQL expression, null as false.
+
+    Raises:
+        UsageError: it can't be parsed, names no column, or isn't a condition.
+    """
+    try:
+        condition = pl.sql_expr(text)
+        for name in condition.meta.root_names():
+            known(name, list(scores.schema), f"--where '{text}'", "column")
+        kind = frame.select(condition).collect_schema().dtypes()[0]
+    except pl.exceptions.PolarsError as error:
+        raise UsageError(f"--where '{text}': {str(error).splitlines()[0]}") from error
+    if kind != pl.Boolean:
+        raise UsageError(f"--where '{text}' is a {kind}, not a condition: write something like 'width >= 512'")
+    return condition.fill_null(value=False)

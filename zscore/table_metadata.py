@@ -1,0 +1,106 @@
+"""What the files of one table say about how they were scored: compared, and merged into one."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from zscore.errors import TableError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# What makes scores comparable: (where in the metadata, what people call it, what to show of it).
+_IDENTITY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
+    (("rubric", "hash"), "rubric", ("rubric", "name")),
+    (("model", "weights"), "model", ("model", "id")),
+    (("layout",), "layout", ("layout",)),
+    (("template",), "template", ("template",)),
+    (("max_pixels",), "max_pixels", ("max_pixels",)),
+)
+
+
+def check_unmixed(files: Sequence[str], metadatas: Sequence[dict[str, Any]], *, allow_mixed: bool) -> None:
+    """Refuse files that were scored differently.
+
+    Raises:
+        TableError: names the field, both values and both files; or a table among those it was derived from.
+    """
+    first = metadatas[0]
+    for file, metadata in zip(files[1:], metadatas[1:], strict=True):
+        if allow_mixed:
+            continue
+        for path, name, shown in _IDENTITY:
+            if _at(first, path) != _at(metadata, path):
+                ours, theirs = (_shown(data, path, shown) for data in (first, metadata))
+                raise TableError(
+                    f"{files[0]} and {file} were scored with different {name}s ({ours} and {theirs}):"
+                    " score them alike, name one of them, or pass --allow-mixed"
+                )
+        if _commands(first) != _commands(metadata):
+            raise TableError(
+                f"{files[0]} and {file} don't belong together: {_origin(file, metadata)}, {_origin(files[0], first)};"
+                " name the files that are meant, or pass --allow-mixed"
+            )
+
+
+def _at(metadata: dict[str, Any], path: Sequence[str]) -> Any:
+    found: Any = metadata
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _shown(metadata: dict[str, Any], path: Sequence[str], shown: Sequence[str]) -> str:
+    name, value = _at(metadata, shown), str(_at(metadata, path))
+    return f"'{name}'" if shown == path else f"'{name}', {path[-1]} {value[:12]}"
+
+
+def _commands(metadata: dict[str, Any]) -> list[str]:
+    return [str(step.get("command")) for step in metadata.get("derived", [])]
+
+
+def _origin(file: str, metadata: dict[str, Any]) -> str:
+    commands = _commands(metadata)
+    return f"{file} was made by zscore {' and then '.join(commands)}" if commands else f"{file} by zscore score"
+
+
+def merged(metadatas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One entry for all files: what they share, counts and shards summed, first start and last end.
+
+    Where rubrics differ, only the dimensions that all have are left, and the levels only if they are the same.
+    """
+    if len(metadatas) == 1:
+        return metadatas[0]
+    result = {
+        key: value
+        for key, value in metadatas[0].items()
+        if key not in {"part", "inputs"} and all(other.get(key) == value for other in metadatas)
+    }
+    counts: dict[str, int] = {}
+    for metadata in metadatas:
+        for status, count in metadata.get("counts", {}).items():
+            counts[status] = counts.get(status, 0) + count
+    result |= {"counts": counts, "shards": sum(int(metadata.get("shards", 0)) for metadata in metadatas)}
+    for key, pick in (("created", min), ("finished", max)):
+        times = [metadata[key] for metadata in metadatas if key in metadata]
+        if times:
+            result[key] = pick(times)
+    if "rubric" not in result:
+        result["rubric"] = _common_rubric([metadata["rubric"] for metadata in metadatas])
+    for key in ("model", "layout", "template", "max_pixels", "derived", "engine", "options"):
+        if key not in result and any(key in metadata for metadata in metadatas):
+            result[f"mixed_{key}"] = _distinct([metadata.get(key) for metadata in metadatas])
+    return result
+
+
+def _common_rubric(rubrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first = rubrics[0]
+    names = [name for name in first["dimensions"] if all(name in rubric["dimensions"] for rubric in rubrics)]
+    levels = first["levels"] if all(rubric["levels"] == first["levels"] for rubric in rubrics) else []
+    mixed = _distinct([{"name": rubric.get("name"), "hash": rubric.get("hash")} for rubric in rubrics])
+    return {"name": "mixed", "hash": None, "source": None, "dimensions": names, "levels": levels, "mixed": mixed}
+
+
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    return list({json.dumps(value, sort_keys=True): value for value in values}.values())

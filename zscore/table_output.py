@@ -1,0 +1,111 @@
+"""Writes derived tables: several files that appear together, whole or not at all, and never over their own input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import polars as pl
+
+from zscore.errors import TableError, UsageError
+from zscore.parquet import METADATA_KEY, ROWS_PER_GROUP
+from zscore.store import is_local, open_store, split_out
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+
+def check_targets(inputs: Sequence[str], targets: Mapping[str, str | None]) -> None:
+    """Refuse outputs that are an input, a folder, or one another.
+
+    Args:
+        inputs: files that are read.
+        targets: paths or urls by the option that names them; None where it isn't given.
+
+    Raises:
+        UsageError: says which.
+    """
+    taken: dict[str, str] = {}
+    for option, target in targets.items():
+        if target is None:
+            continue
+        split_out(target)
+        if is_local(target) and _local(target).is_dir():
+            raise UsageError(f"{option} {target} is a folder: give a file name, like {target.rstrip('/')}/out.parquet")
+        for name in inputs:
+            if _same_file(target, name):
+                raise UsageError(f"{option} {target} is the table that is read: give another name")
+        for other, path in taken.items():
+            if _same_file(target, path):
+                raise UsageError(f"{option} and {other} name the same file, {target}: give another name")
+        taken[option] = target
+
+
+def _local(path: str) -> Path:
+    return Path(path.removeprefix("file://").removeprefix("local://"))
+
+
+def _same_file(left: str, right: str) -> bool:
+    """Whether two paths or urls lead to one file, through links too."""
+    if not (is_local(left) and is_local(right)):
+        return left == right
+    one, two = _local(left), _local(right)
+    return one.resolve() == two.resolve() or (one.exists() and two.exists() and one.samefile(two))
+
+
+@contextlib.contextmanager
+def written(*targets: str | None) -> Iterator[list[IO[bytes] | None]]:
+    """Streams for the targets; the files appear, replacing earlier ones, when the block ends without an exception."""
+    with contextlib.ExitStack() as stack:
+        streams: list[IO[bytes] | None] = []
+        for target in targets:
+            if target is None:
+                streams.append(None)
+                continue
+            folder, name = split_out(target)
+            streams.append(stack.enter_context(open_store(folder).write(name)))
+        yield streams
+
+
+def sink(frame: pl.LazyFrame, stream: IO[bytes], metadata: dict[str, Any], source: str) -> None:
+    """Stream a query into parquet with zscore metadata, in the order of its rows.
+
+    Raises:
+        TableError: `source`, what the query reads, is broken.
+    """
+    text = json.dumps(metadata, sort_keys=True)
+    with readable(source):
+        frame.sink_parquet(
+            stream,
+            compression="zstd",
+            row_group_size=ROWS_PER_GROUP,
+            metadata={METADATA_KEY.decode(): text},
+            engine="streaming",
+        )
+
+
+def fetch(frame: pl.LazyFrame, source: str) -> pl.DataFrame:
+    """Collect a query on the streaming engine.
+
+    Raises:
+        TableError: `source`, what the query reads, is broken.
+    """
+    with readable(source):
+        return frame.collect(engine="streaming")
+
+
+@contextlib.contextmanager
+def readable(source: str) -> Iterator[None]:
+    """What polars makes of a broken file, in one line that names the file."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        raise TableError(f"can't read {source}: {str(error).splitlines()[0]}") from error
+
+
+def derived(metadata: dict[str, Any], command: str, criteria: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a table that a command made from another: the same, and a line on how it came about."""
+    step = {"command": command, "criteria": criteria, "counts": counts}
+    return {**metadata, "derived": [*metadata.get("derived", []), step]}

@@ -1,0 +1,292 @@
+"""Opens scored tables for deciding: one file, a folder of parts, a glob or an fsspec url → a lazy frame + metadata.
+
+Nothing is read but footers until a query runs, and local files are read by polars' streaming engine, so memory
+doesn't grow with the table. Other file systems go through fsspec and pyarrow, column by column, with the credentials
+that fsspec uses everywhere else.
+"""
+
+from __future__ import annotations
+
+import glob
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from zscore.errors import TableError, UsageError
+from zscore.parquet import ROWS_PER_GROUP, read_metadata
+from zscore.store import is_local
+from zscore.table_metadata import check_unmixed, merged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+OVERALL = "overall"
+# What a column must hold, where it is there; derived tables may have fewer columns.
+_TEXT = ("shard", "key", "prompt", "group", "status", "sha256")
+_FOOTERS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """A scored table, not yet read."""
+
+    frame: pl.LazyFrame
+    """All rows of all files, in file order (parts: in the order of their shards' names)."""
+    schema: pl.Schema
+    metadata: dict[str, Any]
+    """The footer's `zscore` entry; that of several files is merged, counts are summed."""
+    files: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return self.files[0] if len(self.files) == 1 else f"{self.files[0]} and {len(self.files) - 1} more"
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """The rubric's dimensions that have a column."""
+        return tuple(name for name in self.metadata["rubric"]["dimensions"] if name in self.schema)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Level values in the order of the `*_probs` lists; empty where the files' levels differ."""
+        return tuple(float(level["value"]) for level in self.metadata["rubric"]["levels"])
+
+    def require(self, *columns: str) -> None:
+        """Refuse a table without these columns.
+
+        Raises:
+            TableError: names the first that is missing.
+        """
+        for column in columns:
+            if column not in self.schema:
+                raise TableError(
+                    f"{self.name} has no column '{column}': it isn't a full scores table; was it made with --columns?"
+                )
+
+    def check_column(self, name: str, option: str) -> str:
+        """The name of a column that the user gave.
+
+        Raises:
+            UsageError: no such column; names the nearest.
+        """
+        return known(name, list(self.schema), option, "column")
+
+    def check_score(self, name: str, option: str, *, overall: bool = True) -> str:
+        """The name of a dimension (or `overall`) that the user gave.
+
+        Raises:
+            UsageError: no such dimension; names the nearest.
+        """
+        return known(name, [*([OVERALL] if overall and OVERALL in self.schema else []), *self.dimensions], option)
+
+
+def known(name: str, names: Sequence[str], option: str, kind: str = "dimension") -> str:
+    """`name`, if it is one of `names`.
+
+    Raises:
+        UsageError: it isn't; says what was probably meant.
+    """
+    if name in names:
+        return name
+    near = get_close_matches(name, names, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
+    raise UsageError(f"{option}: there is no {kind} '{name}': {hint}")
+
+
+def open_scores(*sources: str, allow_mixed: bool = False) -> Scores:
+    """Open the files that the sources stand for as one table.
+
+    Args:
+        sources: files, folders (all `.parquet` below them), globs, fsspec urls of these.
+        allow_mixed: take files whose rubric, model or settings differ; only what they share can be asked for.
+
+    Raises:
+        TableError: a file that is missing, isn't a scores table, or was scored differently from the first.
+    """
+    files = list(dict.fromkeys(file for source in sources for file in _files(source)))
+    if len(files) > _FOOTERS_AT_ONCE:
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            footers = list(pool.map(_footer, files))
+    else:
+        footers = [_footer(file) for file in files]
+    # A folder's parts are named after their shards' last component; rows belong in the order of the whole names.
+    if all("part" in metadata for metadata, _ in footers):
+        order = sorted(range(len(files)), key=lambda i: (str(footers[i][0]["part"]["shard"]["name"]), files[i]))
+        files, footers = [files[i] for i in order], [footers[i] for i in order]
+    metadatas = [metadata for metadata, _ in footers]
+    check_unmixed(files, metadatas, allow_mixed=allow_mixed)
+    metadata = merged(metadatas)
+    schemas = [schema for _, schema in footers]
+    for file, schema in zip(files, schemas, strict=True):
+        _check_types(file, schema, metadata["rubric"]["dimensions"])
+    frame = _scan(files, schemas)
+    return Scores(frame, frame.collect_schema(), metadata, tuple(files))
+
+
+def _files(source: str) -> list[str]:
+    """Parquet files behind one argument, sorted by path inside a folder or glob."""
+    source = source.removeprefix("file://").removeprefix("local://")
+    if not is_local(source):
+        return _remote_files(source)
+    path = Path(source)
+    if path.is_dir():
+        found = [str(file) for file in sorted(path.rglob("*.parquet")) if _is_visible(file.relative_to(path))]
+        if not found:
+            raise TableError(f"the folder {source} holds no .parquet file: score into it with --out {source}")
+        return found
+    if path.exists():
+        return [source]
+    found = sorted(glob.glob(source, recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
+    if found:
+        return found
+    raise TableError(_missing(path))
+
+
+def _is_visible(path: Path) -> bool:
+    """Hidden and underscored entries are other tools' or unfinished."""
+    return not any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _missing(path: Path) -> str:
+    """What to do about a path that isn't there."""
+    if path.with_name(f"{path.name}.parts").is_dir():
+        return f"{path} isn't finished: run the `zscore score` command again, it goes on where it stopped"
+    folder = path.parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    near = get_close_matches(path.name, [name for name in names if name.endswith(".parquet")], n=1)
+    hint = f"did you mean {folder / near[0]}?" if near else "make it with `zscore score SHARDS --out scores.parquet`"
+    return f"there is no {path}: {hint}"
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"can't read {url}: {error}") from error
+    return filesystem, path
+
+
+def _remote_files(url: str) -> list[str]:
+    filesystem, path = _filesystem(url)
+    protocol = url.partition("://")[0]
+    try:
+        if any(sign in path for sign in "*[") and protocol not in {"http", "https"}:
+            found = sorted(filesystem.glob(path))
+        elif not path.endswith(".parquet") or filesystem.isdir(path):
+            found = [name for name in sorted(filesystem.find(path)) if name.endswith(".parquet")]
+            found = [name for name in found if _is_visible(Path(name.removeprefix(path).lstrip("/")))]
+        else:
+            found = [path]
+    except OSError as error:
+        raise TableError(f"can't list {url}: {error}") from error
+    if not found:
+        raise TableError(f"there is no .parquet file at {url}")
+    return [url] if found == [path] else [str(filesystem.unstrip_protocol(name)) for name in found]
+
+
+def _open(file: str) -> IO[bytes]:
+    if is_local(file):
+        return Path(file).open("rb")
+    filesystem, path = _filesystem(file)
+    stream: IO[bytes] = filesystem.open(path, "rb")
+    return stream
+
+
+def _footer(file: str) -> tuple[dict[str, Any], pa.Schema]:
+    """Metadata and schema.
+
+    Raises:
+        TableError: it can't be opened, isn't parquet, or wasn't written by zscore.
+    """
+    try:
+        with _open(file) as stream:
+            metadata = read_metadata(stream, file)
+            if not isinstance(metadata.get("rubric"), dict):
+                raise TableError(f"{file} has no rubric in its metadata: it isn't a scores table")
+            stream.seek(0)
+            return metadata, pq.read_schema(stream)
+    except OSError as error:
+        raise TableError(f"can't read {file}: {error.strerror or error}") from error
+
+
+def _check_types(file: str, schema: pa.Schema, dimensions: Iterable[str]) -> None:
+    """Refuse columns of the right name and the wrong type, before a query fails on them."""
+
+    def refuse(name: str, wanted: str) -> None:
+        raise TableError(
+            f"{file}: the column '{name}' is {schema.field(name).type}, not {wanted}: it isn't a scores table"
+        )
+
+    names = set(schema.names)
+    for name in names.intersection(_TEXT):
+        kind = schema.field(name).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            refuse(name, "text")
+    for name in names.intersection([OVERALL, *dimensions, *(f"{name}_std" for name in dimensions)]):
+        if not pa.types.is_floating(schema.field(name).type):
+            refuse(name, "a float")
+    for name in names.intersection(f"{name}_probs" for name in dimensions):
+        kind = schema.field(name).type
+        is_list = pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if not (is_list and pa.types.is_floating(kind.value_type)):
+            refuse(name, "a list of floats")
+    if "index" in names and not pa.types.is_integer(schema.field("index").type):
+        refuse("index", "an integer")
+
+
+def _scan(files: list[str], schemas: list[pa.Schema]) -> pl.LazyFrame:
+    """One frame over all files; where their columns differ, what a file doesn't have is null."""
+    if all(is_local(file) for file in files):
+        if all(_same_columns(schema, schemas[0]) for schema in schemas):
+            return pl.scan_parquet(files, glob=False, hive_partitioning=False)
+        frames = [pl.scan_parquet(file, glob=False, hive_partitioning=False) for file in files]
+    else:
+        frames = [_scan_remote(file, schema) for file, schema in zip(files, schemas, strict=True)]
+    if len(frames) == 1:
+        return frames[0]
+    return pl.concat([_loose_lists(frame) for frame in frames], how="diagonal_relaxed")
+
+
+def _same_columns(left: pa.Schema, right: pa.Schema) -> bool:
+    return bool(left.names == right.names and left.types == right.types)
+
+
+def _loose_lists(frame: pl.LazyFrame) -> pl.LazyFrame:
+    """Lists of any length, since rubrics may have different numbers of levels."""
+    arrays = {name: kind for name, kind in frame.collect_schema().items() if isinstance(kind, pl.Array)}
+    return frame.with_columns(pl.col(name).arr.to_list() for name in arrays)
+
+
+def _scan_remote(file: str, schema: pa.Schema) -> pl.LazyFrame:
+    """A frame that fetches the columns it needs, a row group at a time."""
+
+    def read(
+        columns: list[str] | None, predicate: pl.Expr | None, rows: int | None, _batch: int | None
+    ) -> Iterator[pl.DataFrame]:
+        with _open(file) as stream:
+            reader = pq.ParquetFile(stream, pre_buffer=True)
+            for batch in reader.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
+                found = pl.from_arrow(pa.Table.from_batches([batch]))
+                assert isinstance(found, pl.DataFrame)
+                if rows is not None:
+                    found = found.head(rows)
+                    rows -= found.height
+                yield found if predicate is None else found.filter(predicate)
+                if rows == 0:
+                    return
+
+    from polars.io.plugins import register_io_source
+
+    empty = pl.from_arrow(schema.empty_table())
+    assert isinstance(empty, pl.DataFrame)
+    return register_io_source(read, schema=empty.schema)
