@@ -161,7 +161,7 @@ def _load(model: Path, dtype: torch.dtype, device: torch.device) -> Any:
         loaded = transformers.AutoModelForImageTextToText.from_pretrained(
             model, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # safetensors, tokenizers and hub errors share no base
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"transformers can't load {model}: {line}") from error
     if not hasattr(loaded.config, "image_token_id") or not hasattr(loaded.config.vision_config, "spatial_merge_size"):
