@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.command import zscore
+from tests.scores_factory import random_rows, write_scores, z_reward
 from zscore.calibration import (
     Calibration,
     Fit,
@@ -125,8 +127,8 @@ class TestFit:
         losses = []
 
         def watched(loss, start, **options):
-            for theta in ([1.0, 0.0], [0.3, 1.2], [2.0, -0.5]):
-                losses.append(check_grad(lambda t: loss(t)[0], lambda t: loss(t)[1], np.array(theta)))
+            points = np.array([[1.0, 0.0], [0.3, 1.2], [2.0, -0.5]])
+            losses.extend(check_grad(lambda t: loss(t)[0], lambda t: loss(t)[1], theta) for theta in points)
             return minimize(loss, start, **options)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -353,3 +355,45 @@ class TestFile:
             check_made_for(self.full, good | {"rubric": {"hash": "other"}}, "scores.parquet")
         with pytest.raises(TableError, match="model weights 'v'"):
             check_made_for(self.full, good | {"model": {"id": "m", "weights": "v"}}, "scores.parquet")
+
+
+class TestCommand:
+    @pytest.fixture
+    def files(self, tmp_path):
+        made = random_rows(rows=200, groups=60, failed=0.02)
+        lines = ["shard,key,dimension,rater,score"]
+        rng = np.random.default_rng(0)
+        for one in made:
+            for d, name in enumerate(z_reward().names if one.scores is not None else ()):
+                for rater in range(4):
+                    score = int(np.clip(round(float(one.scores.mean_D[d]) + rng.normal()), 1, 5))
+                    lines.append(f"{one.shard},{one.key},{name},{rater},{score}")
+        (tmp_path / "human.csv").write_text("\n".join(lines))
+        return write_scores(tmp_path / "scores.parquet", made), tmp_path / "human.csv"
+
+    def test_writes_a_calibration(self, files, tmp_path):
+        out = tmp_path / "calibration.json"
+        code, text, err = zscore("calibrate", *files, "--out", out)
+        assert (code, err) == (0, "")
+        assert text.splitlines()[-1] == f"written to {out}"
+        made = read_calibration(str(out))
+        assert list(made.fits) == list(z_reward().names)
+        assert set(made.references) == {*z_reward().names, "overall"}
+        assert made.provenance["rubric"] == {"name": "z-reward", "hash": z_reward().hash}
+        assert made.provenance["settings"] == {"aggregate": "trimmed", "fit_share": 0.5, "seed": 0}
+
+    def test_no_ratings(self, files, tmp_path):
+        (tmp_path / "none.csv").write_text("key,score\n")
+        code, text, _ = zscore("calibrate", files[0], tmp_path / "none.csv", "--out", tmp_path / "c.json")
+        assert (code, "nothing written" in text) == (0, True)
+        assert not (tmp_path / "c.json").exists()
+
+    def test_wrong_calls_are_one_line(self, files, tmp_path):
+        for arguments, code, message in (
+            ((*files, "--fit-share", "2"), 2, "--fit-share 2"),
+            ((*files, "--aggregate", "median"), 2, "none of trimmed, mean"),
+            ((files[0], tmp_path / "gone.csv"), 1, "no such file"),
+        ):
+            found, out, err = zscore("calibrate", *arguments, "--out", tmp_path / "c.json")
+            assert (found, out, err.count("\n")) == (code, "", 1)
+            assert message in err

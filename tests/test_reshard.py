@@ -15,6 +15,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.command import zscore
 from tests.scores_factory import row, write_scores
 from zscore import tar_copy
 from zscore.errors import OutputLockedError, OutputMismatchError, TableError, UsageError
@@ -535,3 +536,51 @@ class TestResume:
     def test_one_at_a_time(self, tmp_path, job):
         with open_store(str(tmp_path / "out" / ".kept-reshard")).lock("lock"), pytest.raises(OutputLockedError):
             run(*job, tmp_path / "out")
+
+
+class TestCommand:
+    def test_runs_resumes_and_says_so(self, tmp_path):
+        source = make_tar(tmp_path / "src" / "a.tar", samples(5))
+        kept_rows(tmp_path, all_rows(source, "a.tar"))
+        call = ("reshard", tmp_path / "kept.parquet", "--shards", tmp_path / "src", "--out", tmp_path / "out")
+        code, out, err = zscore(*call, "--shard-size", 2, "--add-scores")
+        assert code == 0
+        assert err.splitlines()[0].startswith("kept-000000.tar: 2 samples, ")
+        assert out.startswith("5 samples in 3 shards")
+        code, out, err = zscore(*call, "--shard-size", 2, "--add-scores")
+        assert (code, err) == (0, "")
+        assert "3 of them finished before" in out
+        code, out, err = zscore(*call)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert "--overwrite" in err
+        assert zscore(*call, "--overwrite", "--quiet") == (0, "", "")
+
+    def test_nothing_kept(self, tmp_path):
+        make_tar(tmp_path / "src" / "a.tar", samples(1))
+        kept_rows(tmp_path, [])
+        code, out, _ = zscore(
+            "reshard", tmp_path / "kept.parquet", "--shards", tmp_path / "src", "--out", tmp_path / "out"
+        )
+        assert (code, "keeps no samples" in out) == (0, True)
+
+    def test_by_other_readers(self, tmp_path, shared_data):
+        """DuckDB reads the index; Python's tarfile and grouping by neighbours, as HF datasets does, the rest."""
+        import itertools
+
+        import duckdb
+
+        folder = shared_data / "avt-shards"
+        rows = all_rows(folder / "avt-000001.tar", "avt-000001.tar")[5:15]
+        kept_rows(tmp_path, rows)
+        code, _, _ = zscore(
+            "reshard", tmp_path / "kept.parquet", "--shards", folder, "--out", tmp_path / "out", "--shard-size", 4
+        )
+        assert code == 0
+        query = f"select unnest(shardlist, recursive := true) from read_json('{tmp_path}/out/kept-index.json')"
+        assert duckdb.sql(query).fetchall()[0][:2] == ("kept-000000.tar", 4)
+        keys = []
+        for path in sorted((tmp_path / "out").glob("*.tar")):
+            with tarfile.open(path) as tar:
+                names = tar.getnames()
+            keys += [key for key, _ in itertools.groupby(names, key=lambda name: name.split(".")[0])]
+        assert keys == [key for _, _, key in rows]
