@@ -20,8 +20,9 @@ from tests.scores_factory import row, write_scores
 from zscore import tar_copy
 from zscore.errors import OutputLockedError, OutputMismatchError, TableError, UsageError
 from zscore.records import ShardRef
-from zscore.reshard import ReshardOptions, ShardSize, reshard
+from zscore.reshard import ReshardOptions, reshard
 from zscore.samples import ReadOptions, count_samples, read_samples
+from zscore.shard_writer import ShardSize
 from zscore.store import open_store
 from zscore.tables import open_scores
 

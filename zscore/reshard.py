@@ -7,78 +7,34 @@ soon as it is there under its name; beside it a record says how far it goes, and
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import itertools
 import json
-import math
 import re
-import tarfile
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from zscore.errors import OutputMismatchError, TableError, UsageError
+from zscore.errors import OutputMismatchError, UsageError
 from zscore.samples import ReadOptions
+from zscore.shard_writer import ShardSize, ShardWriter, Written, shard_name
 from zscore.shards import expand
 from zscore.sources import locate
 from zscore.store import open_store
-from zscore.tar import BLOCK
-from zscore.tar_copy import write_all
 from zscore.texts import GZIP_SUFFIX, parse_sources, parse_suffixes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from types import TracebackType
-    from typing import IO
 
     from zscore.sources import Source
     from zscore.tables import Scores
-    from zscore.tar_copy import Passage
-
-    Copy = Callable[[Passage, int], None]
 
 PLAN_FILE = "plan.json"
-SCORES_SUFFIX = "zscore.json"
 # What the sample itself holds, or what is the same for all that is kept.
 NOT_SCORES = frozenset({"shard", "index", "key", "prompt", "status", "error"})
 PREFIX = re.compile(r"[\w-][\w.-]*")
-# How the tar reader shows bytes of a name that aren't UTF-8.
-NOT_UTF8 = re.compile(r"\\x[89a-f][0-9a-f]")
-# Like GNU tar and Python's tarfile: archives end on a multiple of 20 blocks.
-RECORD = 20 * BLOCK
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-SHARD_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?(B)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class ShardSize:
-    """When an output shard is full."""
-
-    samples: int | None = None
-    bytes: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """`10000` samples, or at least `500MB` (KB, MB, GB; KiB, MiB, GiB).
-
-        Raises:
-            UsageError: neither.
-        """
-        found = SHARD_SIZE.fullmatch(text.strip())
-        if not found or float(found[1]) <= 0:
-            raise UsageError(f"--shard-size '{text}': give samples (10000) or bytes (500MB, 1GiB)")
-        if not (found[2] or found[3]):
-            if "." in found[1]:
-                raise UsageError(f"--shard-size '{text}': samples are counted in whole numbers")
-            return cls(samples=int(found[1]))
-        return cls(bytes=int(float(found[1]) * UNITS[(found[2] or "").upper()]))
-
-    def is_full(self, samples: int, size: int) -> bool:
-        """Whether the next sample begins a new shard."""
-        return (self.samples is not None and samples >= self.samples) or (self.bytes is not None and size >= self.bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,18 +53,6 @@ class ReshardOptions:
     """Adds a member KEY.zscore.json with the row's scores to every sample."""
     overwrite: bool = False
     """Replaces an earlier output of the same prefix."""
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A finished output shard."""
-
-    name: str
-    samples: int
-    size: int
-    source: str
-    """Where its last sample comes from."""
-    index: int
 
 
 @dataclass(slots=True)
@@ -253,7 +197,7 @@ class _Job:
 
     def _resume(self, there: set[str], records: set[str]) -> None:
         for number in itertools.count():
-            name = self._name(number)
+            name = shard_name(self._options.prefix, number)
             if name not in there or f"{name}.json" not in records:
                 return
             with self._state.open(f"{name}.json") as stream:
@@ -264,9 +208,6 @@ class _Job:
             self._result.shards.append(shard)
             self._result.resumed += 1
 
-    def _name(self, number: int) -> str:
-        return f"{self._options.prefix}-{number:06d}.tar"
-
     def _copy(self, on_shard: Callable[[Written], None]) -> None:
         """Copy all that isn't there yet."""
         stand_ins = _stand_ins(self._kept.metadata.get("options", {}))
@@ -275,14 +216,22 @@ class _Job:
         while done is not None and sources and sources[0].shard.name != done.source:
             sources.pop(0)
         after = done.index if done else -1
-        with _Writer(self, on_shard) as writer:
+        writer = ShardWriter(
+            self._out,
+            self._options.prefix,
+            len(self._result.shards),
+            self._size,
+            record=self._record,
+            on_shard=on_shard,
+        )
+        with writer:
             for source in sources:
-                scores = self._scores(source)
+                rows = self._rows(source)
                 for passage, copy in source.passages(after, stand_ins):
-                    writer.add(source, passage, copy, scores)
+                    writer.add(source, passage, copy, rows[passage.index] if rows is not None else None)
                 after = -1
 
-    def _scores(self, source: Source) -> dict[int, dict[str, Any]] | None:
+    def _rows(self, source: Source) -> dict[int, dict[str, Any]] | None:
         """The rows of one source as they go into its samples."""
         if not self._options.add_scores:
             return None
@@ -290,20 +239,11 @@ class _Job:
         found = rows.select("index", *self._score_columns()).collect()
         return {row.pop("index"): row for row in found.iter_rows(named=True)}
 
-    def finished(self, shard: Written) -> None:
-        """Write down that a shard is complete; it is there under its name already."""
+    def _record(self, shard: Written) -> None:
+        """Write down that a shard is complete."""
         with self._state.write(f"{shard.name}.json") as stream:
             stream.write(json.dumps(asdict(shard)).encode())
         self._result.shards.append(shard)
-
-    def next_shard(self) -> tuple[str, contextlib.AbstractContextManager[IO[bytes]]]:
-        """Name of the next shard, and its file."""
-        name = self._name(len(self._result.shards))
-        return name, self._out.write(name)
-
-    def is_full(self, samples: int, size: int) -> bool:
-        """Whether a shard takes no more."""
-        return self._size.is_full(samples, size)
 
     def _write_index(self, plan: dict[str, Any]) -> None:
         """The list of shards that webdataset's `wids` reads; urls are relative to it."""
@@ -321,82 +261,3 @@ class _Job:
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-class _Writer:
-    """Fills output shards one after the other."""
-
-    def __init__(self, job: _Job, on_shard: Callable[[Written], None]) -> None:
-        self._job = job
-        self._on_shard = on_shard
-        self._file = contextlib.ExitStack()
-        self._descriptor = -1
-        self._name = ""
-        self._samples = 0
-        self._size = 0
-        self._last: tuple[Source, Passage] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._finish()
-        else:
-            self._file.__exit__(kind, error, trace)  # drops the shard that was begun
-
-    def add(self, source: Source, passage: Passage, copy: Copy, scores: dict[int, dict[str, Any]] | None) -> None:
-        """Append a sample, in a new shard where the current one is full."""
-        # Readers take neighbours of one key for one sample; keys may repeat, so those don't become neighbours.
-        follows_itself = self._last is not None and self._last[1].key == passage.key
-        if self._samples and (follows_itself or self._job.is_full(self._samples, self._size)):
-            self._finish()
-        if not self._samples:
-            self._name, file = self._job.next_shard()
-            self._descriptor = self._file.enter_context(file).fileno()
-        copy(passage, self._descriptor)
-        self._size += passage.size
-        if scores is not None:
-            member = score_member(source, passage, scores[passage.index])
-            write_all(self._descriptor, member)
-            self._size += len(member)
-        self._samples += 1
-        self._last = source, passage
-
-    def _finish(self) -> None:
-        if self._last is None or not self._samples:
-            return
-        end = bytes(2 * BLOCK + -(self._size + 2 * BLOCK) % RECORD)
-        write_all(self._descriptor, end)
-        self._file.close()
-        source, passage = self._last
-        shard = Written(self._name, self._samples, self._size + len(end), source.shard.name, passage.index)
-        self._job.finished(shard)
-        self._on_shard(shard)
-        self._samples, self._size = 0, 0
-
-
-def score_member(source: Source, passage: Passage, row: dict[str, Any]) -> bytes:
-    """A tar member KEY.zscore.json with one row's scores; the same row gives the same bytes.
-
-    Raises:
-        TableError: the sample has such a member, or a name that it can't share.
-    """
-    where = f"sample {passage.index} ('{passage.key}') of {source.shard.name}"
-    if SCORES_SUFFIX in passage.suffixes:
-        raise TableError(f"{where} has a .{SCORES_SUFFIX} member already: leave --add-scores out")
-    if NOT_UTF8.search(passage.key):
-        raise TableError(f"{where} has a name that isn't UTF-8: leave --add-scores out")
-    data = json.dumps({name: _plain(value) for name, value in row.items()}, default=str).encode()
-    header = tarfile.TarInfo(f"{passage.key}.{SCORES_SUFFIX}")
-    header.size = len(data)
-    return header.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % BLOCK)
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: float32's noise rounded off, no NaN."""
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from zscore.reshard import Written
+    from zscore.shard_writer import Written
 
 
 def reshard(

@@ -1,0 +1,203 @@
+"""Fills output shards one after the other, and what is added to a sample.
+
+A full shard is synced and renamed by a thread while the next one is filled: half of the time goes to the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from zscore.errors import TableError, UsageError
+from zscore.tar import BLOCK
+from zscore.tar_copy import write_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+    from types import TracebackType
+
+    from zscore.sources import Source
+    from zscore.store import Store
+    from zscore.tar_copy import Passage
+
+    Copy = Callable[[Passage, int], None]
+
+SCORES_SUFFIX = "zscore.json"
+# How the tar reader shows bytes of a name that aren't UTF-8.
+NOT_UTF8 = re.compile(r"\\x[89a-f][0-9a-f]")
+# Like GNU tar and Python's tarfile: archives end on a multiple of 20 blocks.
+RECORD = 20 * BLOCK
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+SHARD_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?(B)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSize:
+    """When an output shard is full."""
+
+    samples: int | None = None
+    bytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`10000` samples, or at least `500MB` (KB, MB, GB; KiB, MiB, GiB).
+
+        Raises:
+            UsageError: neither.
+        """
+        found = SHARD_SIZE.fullmatch(text.strip())
+        if not found or float(found[1]) <= 0:
+            raise UsageError(f"--shard-size '{text}': give samples (10000) or bytes (500MB, 1GiB)")
+        if not (found[2] or found[3]):
+            if "." in found[1]:
+                raise UsageError(f"--shard-size '{text}': samples are counted in whole numbers")
+            return cls(samples=int(found[1]))
+        return cls(bytes=int(float(found[1]) * UNITS[(found[2] or "").upper()]))
+
+    def is_full(self, samples: int, size: int) -> bool:
+        """Whether the next sample begins a new shard."""
+        return (self.samples is not None and samples >= self.samples) or (self.bytes is not None and size >= self.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished output shard."""
+
+    name: str
+    samples: int
+    size: int
+    source: str
+    """Where its last sample comes from."""
+    index: int
+
+
+class ShardWriter:
+    """Writes PREFIX-000000.tar and so on; use as a context, which drops a shard that was begun if it ends in an error.
+
+    Args:
+        store: folder of the shards.
+        prefix: of their names.
+        number: of the first one.
+        size: when one is full.
+        record: called in a thread with every shard once it is there under its name, before the next one is.
+        on_shard: called with it after that, in the caller's thread.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        number: int,
+        size: ShardSize,
+        *,
+        record: Callable[[Written], None],
+        on_shard: Callable[[Written], None],
+    ) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._number = number
+        self._limit = size
+        self._record = record
+        self._on_shard = on_shard
+        self._file = contextlib.ExitStack()
+        self._descriptor = -1
+        self._samples = 0
+        self._size = 0
+        self._last: tuple[Source, Passage] | None = None
+        self._threads = ThreadPoolExecutor(1, "zscore-reshard")
+        self._closing: Future[Written] | None = None
+
+    def __enter__(self) -> Self:
+        """Nothing is open before the first sample."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish the last shard, or drop it."""
+        with self._threads:
+            if kind is None:
+                self._end_shard()
+                self._wait()
+            else:
+                self._file.__exit__(kind, error, trace)
+
+    def add(self, source: Source, passage: Passage, copy: Copy, row: dict[str, Any] | None) -> None:
+        """Append a sample, in a new shard where the current one is full, and its scores if there is a `row`."""
+        # Readers take neighbours of one key for one sample; keys may repeat, so those don't become neighbours.
+        follows_itself = self._last is not None and self._last[1].key == passage.key
+        if self._samples and (follows_itself or self._limit.is_full(self._samples, self._size)):
+            self._end_shard()
+        if not self._samples:
+            self._descriptor = self._file.enter_context(self._store.write(self._name())).fileno()
+        copy(passage, self._descriptor)
+        self._size += passage.size
+        if row is not None:
+            member = score_member(source, passage, row)
+            write_all(self._descriptor, member)
+            self._size += len(member)
+        self._samples += 1
+        self._last = source, passage
+
+    def _name(self) -> str:
+        return shard_name(self._prefix, self._number)
+
+    def _end_shard(self) -> None:
+        if self._last is None or not self._samples:
+            return
+        end = bytes(2 * BLOCK + -(self._size + 2 * BLOCK) % RECORD)
+        write_all(self._descriptor, end)
+        source, passage = self._last
+        shard = Written(self._name(), self._samples, self._size + len(end), source.shard.name, passage.index)
+        self._wait()
+        self._closing = self._threads.submit(self._close, self._file, shard)
+        self._file = contextlib.ExitStack()
+        self._number += 1
+        self._samples, self._size = 0, 0
+
+    def _close(self, file: contextlib.ExitStack, shard: Written) -> Written:
+        file.close()
+        self._record(shard)
+        return shard
+
+    def _wait(self) -> None:
+        """Until the shard before is there; its errors are raised here."""
+        closing, self._closing = self._closing, None
+        if closing is not None:
+            self._on_shard(closing.result())
+
+
+def shard_name(prefix: str, number: int) -> str:
+    """Name of an output shard."""
+    return f"{prefix}-{number:06d}.tar"
+
+
+def score_member(source: Source, passage: Passage, row: dict[str, Any]) -> bytes:
+    """A tar member KEY.zscore.json with one row's scores; the same row gives the same bytes.
+
+    Raises:
+        TableError: the sample has such a member, or a name that it can't share.
+    """
+    where = f"sample {passage.index} ('{passage.key}') of {source.shard.name}"
+    if SCORES_SUFFIX in passage.suffixes:
+        raise TableError(f"{where} has a .{SCORES_SUFFIX} member already: leave --add-scores out")
+    if NOT_UTF8.search(passage.key):
+        raise TableError(f"{where} has a name that isn't UTF-8: leave --add-scores out")
+    data = json.dumps({name: _plain(value) for name, value in row.items()}, default=str).encode()
+    header = tarfile.TarInfo(f"{passage.key}.{SCORES_SUFFIX}")
+    header.size = len(data)
+    return header.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % BLOCK)
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: float32's noise rounded off, no NaN."""
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return [_plain(item) for item in value] if isinstance(value, list) else value
