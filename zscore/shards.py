@@ -118,8 +118,11 @@ def _find(value: str) -> _Finding:
 
 
 def _find_local(value: str) -> _Finding:
-    # A path that exists is meant as it stands, even with braces or brackets in its name.
-    paths = [value] if os.path.exists(value) else expand_braces(value, _MAX_PATHS)
+    head = value
+    while head and not os.path.exists(head):
+        head = os.path.dirname(head)
+    # What exists is meant as it stands, even with braces or brackets in its name.
+    paths = [head + tail for tail in expand_braces(value.removeprefix(head), _MAX_PATHS)]
     finding = _Finding([], [])
     missing = []
     for path in paths:

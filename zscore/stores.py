@@ -210,7 +210,8 @@ class PatientSource:
             Retrying,
             retry_if_exception,
             stop_after_attempt,
-            wait_exponential_jitter,
+            wait_exponential,
+            wait_random,
         )
 
         earlier = [first]
@@ -223,7 +224,8 @@ class PatientSource:
 
         retrying = Retrying(
             stop=stop_after_attempt(self._attempts),
-            wait=wait_exponential_jitter(initial=self._wait, max=_LONGEST_WAIT, jitter=self._wait),
+            # The random part keeps workers that lost one store together from coming back together.
+            wait=wait_exponential(multiplier=self._wait, max=_LONGEST_WAIT) + wait_random(0, self._wait),
             retry=retry_if_exception(lambda error: not is_final(error)),
             reraise=True,
         )
