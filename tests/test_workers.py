@@ -169,9 +169,10 @@ def test_two_pictures_wait_in_a_worker_at_most():
 @pytest.mark.parametrize(
     ("number", "text"),
     [
-        (signal.SIGKILL, "decoder crashed (signal 9, SIGKILL)"),
-        (signal.SIGSEGV, "decoder crashed (signal 11, SIGSEGV)"),
-        (signal.SIGABRT, "decoder crashed (signal 6, SIGABRT)"),
+        (signal.SIGKILL, "decoder crashed (signal 9: Killed)"),
+        (signal.SIGSEGV, "decoder crashed (signal 11: Segmentation fault)"),
+        (signal.SIGABRT, "decoder crashed (signal 6: Aborted)"),
+        (signal.SIGRTMIN + 1, "decoder crashed (signal 35: Real-time signal 1)"),
     ],
 )
 def test_a_crash_costs_one_picture(number, text):

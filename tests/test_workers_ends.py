@@ -24,7 +24,7 @@ from zscore.workers import DecodePool
 # The parent's end
 
 ORPHANS = """
-import sys, threading, time
+import os, sys, threading, time
 from zscore.patches import PixelOptions
 from zscore.workers import DecodePool
 
@@ -35,10 +35,13 @@ def main():
     pool.results(None)
     for tag in range(4):
         pool.submit(tag, data)
+    if sys.argv[2] == "fork" and os.fork() == 0:
+        time.sleep(20)  # with a copy of the pipes
+        os._exit(0)
     print(*pool.pids, flush=True)
     time.sleep(60)
 
-if sys.argv[2] == "thread":
+if sys.argv[2] != "main":
     thread = threading.Thread(target=main)
     thread.start()
     thread.join()
@@ -63,7 +66,7 @@ def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("place", ["main", "thread"])
+@pytest.mark.parametrize("place", ["main", "thread", "fork"])
 def test_workers_end_with_a_parent_that_is_killed(tmp_path, place):
     (tmp_path / "slow.png").write_bytes(slow())
     with script(tmp_path, ORPHANS, str(tmp_path / "slow.png"), place) as process:
@@ -71,7 +74,9 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path, place):
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 2
         os.kill(process.pid, signal.SIGKILL)
-        until(lambda: all(gone(pid) for pid in pids), 3.0)
+        until(lambda: all(gone(pid) for pid in pids), 8.0 if place == "fork" else 3.0)
+        if place == "fork":
+            os.killpg(process.pid, signal.SIGKILL)
         assert process.stderr is not None
         assert process.stderr.read() == ""
 

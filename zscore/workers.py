@@ -55,24 +55,22 @@ _MAX_STILLBORN = 3
 _GRACE_S = 1.0
 """A worker ends itself at the time limit; the parent does it this much later, if the worker can't."""
 
+_LOOK_S = 2.0
+"""How often a worker looks whether its parent lives: a process that it forked may hold its end of the pipe, too."""
+
 _KEEP_BYTES = 16 << 20
 """A slot that a large file has swollen past this gives its memory back."""
 
 _ADDRESS_SPACE = 4 << 30
-"""Of a worker, in bytes. A picture at the default size limit needs 1.3 GB; beyond, it is a MemoryError."""
+"""Of a worker, in bytes; beyond, it is a MemoryError. Pictures at the default size limit take up to 1.6 GB (WebP)."""
 
-_JOB = struct.Struct("<QB")
-"""A message of the jobs pipe: bytes in the slot, number of the slot."""
-
-_TAKEN = struct.Struct("<Q")
-"""What a worker's ledger, a third memfd, holds: how many jobs it has taken up. It can be read after a crash."""
+_JOB = struct.Struct("<QB")  # a message of the jobs pipe: bytes in the slot, number of the slot
 
 _BOOT = """
 import json, sys
 config = json.loads(sys.argv[1])
 sys.path[:] = config["path"]
-from zscore.workers import serve
-serve(config)
+__import__("zscore.workers").workers.serve(config)
 """
 
 
@@ -145,7 +143,7 @@ class DecodePool:
         return [worker.process.pid for worker in self._workers]
 
     def submit(self, tag: int, data: bytes) -> None:
-        """Hand in a picture file; never waits for a worker."""
+        """Hand in a picture file; never waits for a worker. Raises as `results` does."""
         if self._workers:
             self._backlog.append(_Job(tag, data))
             self._dispatch()
@@ -227,9 +225,8 @@ class DecodePool:
 def _cause(code: int, timeout_s: float, *, overdue: bool) -> str:
     if overdue or code == -signal.SIGALRM:
         return f"decoding took longer than {timeout_s:g} s"
-    if code < 0:
-        return f"decoder crashed (signal {-code}, {signal.Signals(-code).name})"
-    return f"decoder crashed (exit code {code})"
+    how = f"signal {-code}: {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
+    return f"decoder crashed ({how})"
 
 
 class _Worker:
@@ -244,8 +241,7 @@ class _Worker:
         self._since = time.monotonic()
         self._sent = self._answered = 0
         self._slots = [os.memfd_create(f"zscore-slot-{number}") for number in range(SLOTS)]
-        self._ledger = os.memfd_create("zscore-ledger")
-        os.pwrite(self._ledger, _TAKEN.pack(0), 0)
+        self._ledger = os.memfd_create("zscore-ledger")  # how many jobs it has taken up; outlives it
         jobs_read, jobs_write = os.pipe()
         replies_read, replies_write = os.pipe()
         self.replies = Connection(replies_read, writable=False)
@@ -263,14 +259,7 @@ class _Worker:
             "die_with_parent": threading.current_thread() is threading.main_thread(),
         }
         try:
-            self.process = subprocess.Popen(  # noqa: S603  our own interpreter and text
-                [sys.executable, "-P", "-c", _BOOT, json.dumps(config)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(jobs_read, replies_write, self._ledger, *self._slots),
-                process_group=0,  # Ctrl-C in the terminal is the parent's affair, also while Python starts
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-            )
+            self.process = _launch(config)
         except OSError:
             self._close_files()
             raise
@@ -281,8 +270,7 @@ class _Worker:
     @property
     def busy(self) -> bool:
         """Whether it has taken up the oldest job; otherwise its death isn't that picture's fault."""
-        (taken,) = _TAKEN.unpack(os.pread(self._ledger, _TAKEN.size, 0))
-        return bool(taken > self._answered)
+        return int.from_bytes(os.pread(self._ledger, 8, 0), "little") > self._answered
 
     @property
     def deadline(self) -> float:
@@ -341,12 +329,23 @@ class _Worker:
             os.close(file)
 
 
+def _launch(config: dict[str, Any]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603  our own interpreter and text
+        [sys.executable, "-P", "-c", _BOOT, json.dumps(config)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=(config["jobs"], config["replies"], config["ledger"], *config["slots"]),
+        process_group=0,  # Ctrl-C in the terminal is the parent's affair, also while Python starts
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    )
+
+
 def serve(config: dict[str, Any]) -> NoReturn:
-    """Be a worker: decode what the jobs pipe announces until it closes."""
+    """Be a worker: decode what the jobs pipe announces."""
     _confine(config)
     queue: SimpleQueue[tuple[int, int]] = SimpleQueue()
     jobs = Connection(config["jobs"], writable=False)
-    threading.Thread(target=_read_jobs, args=(jobs, queue), daemon=True).start()
+    threading.Thread(target=_read_jobs, args=(jobs, queue, config["parent"]), daemon=True).start()
     replies = Connection(config["replies"], readable=False)
     replies.send_bytes(b"{}")
     # libtiff and others print to the terminal; until here, a failed start could say so.
@@ -356,7 +355,7 @@ def serve(config: dict[str, Any]) -> NoReturn:
     while True:
         size, number = queue.get()
         taken += 1
-        os.pwrite(config["ledger"], _TAKEN.pack(taken), 0)
+        os.pwrite(config["ledger"], taken.to_bytes(8, "little"), 0)
         slot = config["slots"][number]
         data = os.pread(slot, size, 0)
         signal.setitimer(signal.ITIMER_REAL, config["timeout_s"])
@@ -372,20 +371,22 @@ def serve(config: dict[str, Any]) -> NoReturn:
         replies.send_bytes(json.dumps(reply, ensure_ascii=False).encode())
 
 
-def _read_jobs(jobs: Connection, queue: SimpleQueue[tuple[int, int]]) -> NoReturn:
-    """Read ahead of the decoder, and end the process with its parent, whose end of the pipe is the only one."""
+def _read_jobs(jobs: Connection, queue: SimpleQueue[tuple[int, int]], parent: int) -> NoReturn:
+    """Read ahead of the decoder, and end the process with its parent, of which a closed pipe tells at once."""
     while True:
         try:
-            queue.put(_JOB.unpack(jobs.recv_bytes()))
-        except (EOFError, OSError):
+            if jobs.poll(_LOOK_S):
+                queue.put(_JOB.unpack(jobs.recv_bytes()))
+        except EOFError:
+            parent = 0
+        if os.getppid() != parent:
             os._exit(0)
 
 
 def _confine(config: dict[str, Any]) -> None:
     """Make this process small, polite, and mortal."""
     if config["die_with_parent"]:
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
         if os.getppid() != config["parent"]:  # it was gone before the call
             os._exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
