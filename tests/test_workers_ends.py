@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -12,13 +13,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
 from tests.test_workers import OPTIONS, collect, open_files, picture, slow, until, warm
 from zscore import workers
-from zscore.records import Pixels
+from zscore.images import load
+from zscore.records import Failure, Pixels
 from zscore.workers import DecodePool
 
 # The parent's end
@@ -188,12 +191,19 @@ def test_a_huge_picture_leaves_no_memory_behind():
 
 
 def test_the_terminal_stays_clean(capfd):
-    """libtiff prints by itself, past Python's warnings."""
+    """libtiff prints by itself, past Python's warnings; here, of a strip that claims 256 MB."""
     file = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(file, "TIFF", compression="tiff_lzw")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        file, "TIFF", compression="tiff_lzw"
+    )
+    entry = file.getvalue().index(struct.pack("<HH", 279, 4))  # StripByteCounts
+    damaged = bytearray(file.getvalue())
+    damaged[entry + 8 : entry + 12] = struct.pack("<I", 1 << 28)
+    assert isinstance(load(bytes(damaged), OPTIONS), Failure)
+    assert "TIFFFillStrip" in capfd.readouterr().err
     with DecodePool(OPTIONS, workers=1) as pool:
-        pool.submit(0, file.getvalue().replace(b"\x80\x00", b"\xff\xff"))
-        collect(pool, 1)
+        pool.submit(0, bytes(damaged))
+        assert isinstance(collect(pool, 1)[0].outcome, Failure)
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
