@@ -5,9 +5,9 @@ that K is cut into (9 = 8 + 1), L lanes, V neighbouring columns of a lane, N col
 
 Why sums are spelled out: a score may not depend on the batch that it came in, so no order of additions may be left
 to a tile size, to the autotuner or to the compiler's choice of layout.
-- A logit is LANES chains of fused multiply-adds, each over its own columns in rising order, then one sum over the
-  lanes. The chains are elementwise: no tile height, layout or dtype can reorder them. The sum over lanes has one lane
-  to a thread (LANES = 32 × warps), so every tile height compiles to the same tree of shuffles.
+- A logit is LANES chains of fused multiply-adds, each over its own columns in rising order, then a sum over the lanes.
+  The chains are elementwise: no tile height, layout or dtype can reorder them.
+- Sums over lanes and over classes are trees of additions of two, see `pairwise_sum`.
 - `tl.fma` is explicit and the launcher forbids other contractions: one rounding a step, on every target.
 - `tl.dot` is not used: its order belongs to the tensor cores, and it would round fp32 to TF32 unless told not to.
 
@@ -38,6 +38,19 @@ def larger(a, b):
 
 
 @triton.jit
+def pairwise_sum(x_RN):
+    """Sums rows of N numbers, N a power of two up to 4,096: neighbours first, then neighbouring sums.
+
+    Every reduction has two operands, so its order is the source's and not the layout's. A plain reduction over N is
+    not: triton 3.6 sums nine probabilities in another order for one row than for eight.
+    """
+    for _ in tl.static_range(12):
+        if x_RN.shape[1] > 1:
+            x_RN = tl.reduce(tl.reshape(x_RN, (x_RN.shape[0], x_RN.shape[1] // 2, 2)), 2, add)
+    return tl.reshape(x_RN, (x_RN.shape[0],))
+
+
+@triton.jit
 def _multiply_add(x_RLV, w_ALV, acc_RAL):
     """Adds the VEC columns of each lane to its chain, lowest column first."""
     R: tl.constexpr = x_RLV.shape[0]
@@ -53,6 +66,13 @@ def _multiply_add(x_RLV, w_ALV, acc_RAL):
     acc_RAL = tl.fma(x1[:, None, :], w1[None, :, :], acc_RAL)
     acc_RAL = tl.fma(x2[:, None, :], w2[None, :, :], acc_RAL)
     return tl.fma(x3[:, None, :], w3[None, :, :], acc_RAL)
+
+
+@triton.jit
+def _sum_lanes(acc_RAL):
+    R: tl.constexpr = acc_RAL.shape[0]
+    A: tl.constexpr = acc_RAL.shape[1]
+    return tl.reshape(pairwise_sum(tl.reshape(acc_RAL, (R * A, acc_RAL.shape[2]))), (R, A))
 
 
 @triton.jit
@@ -116,10 +136,10 @@ def _logits(
                 w = tl.load(w_ptrs, mask=w_mask, other=0.0, eviction_policy="evict_last")
                 acc_RCL = _multiply_add(x_RLV, w.to(tl.float32), acc_RCL)
         in_main = (p_P >= first) & (p_P < first + MAIN)
-        z_RP = tl.where(in_main[None, :], _repeat_to(tl.reduce(acc_RAL, 2, add), P), z_RP)
+        z_RP = tl.where(in_main[None, :], _repeat_to(_sum_lanes(acc_RAL), P), z_RP)
         if TAIL > 0:
             in_tail = (p_P >= first + MAIN) & (p_P < first + MAIN + TAIL)
-            z_RP = tl.where(in_tail[None, :], _repeat_to(tl.reduce(acc_RCL, 2, add), P), z_RP)
+            z_RP = tl.where(in_tail[None, :], _repeat_to(_sum_lanes(acc_RCL), P), z_RP)
     if HAS_BIAS:
         z_RP += tl.load(bias_ptr + p_P, mask=p_P < K, other=0.0).to(tl.float32)[None, :]
     return tl.where((p_P < K)[None, :], tl.div_rn(z_RP, temperature), float("-inf"))
@@ -130,7 +150,7 @@ def softmax(z_RP):
     """Probabilities and their logarithms; 0 and 0 where the logit is minus infinity, as it is in the padding."""
     shifted_RP = z_RP - tl.reduce(z_RP, 1, larger)[:, None]
     e_RP = tl.exp(shifted_RP)
-    total_R = tl.reduce(e_RP, 1, add)
+    total_R = pairwise_sum(e_RP)
     log_probs_RP = tl.where(z_RP == float("-inf"), 0.0, shifted_RP - tl.log(total_R)[:, None])
     return tl.div_rn(e_RP, total_R[:, None]), log_probs_RP
 
@@ -141,11 +161,11 @@ def store_head(z_RP, values_ptr, probs_ptr, stats_ptr, logits_ptr, rows_R, num_r
     p_P = tl.arange(0, z_RP.shape[1])
     probs_RP, log_probs_RP = softmax(z_RP)
     values_P = tl.load(values_ptr + p_P, mask=p_P < K, other=0.0).to(tl.float32)
-    mean_R = tl.reduce(probs_RP * values_P[None, :], 1, add)
+    mean_R = pairwise_sum(probs_RP * values_P[None, :])
     # About the mean, not as a difference of moments: that cancels to nothing for a confident head.
     gap_RP = values_P[None, :] - mean_R[:, None]
-    var_R = tl.reduce(probs_RP * gap_RP * gap_RP, 1, add)
-    entropy_R = tl.reduce(-probs_RP * log_probs_RP, 1, add)
+    var_R = pairwise_sum(probs_RP * gap_RP * gap_RP)
+    entropy_R = pairwise_sum(-probs_RP * log_probs_RP)
     in_batch = rows_R < num_rows
     at_RP = rows_R[:, None] * K + p_P[None, :]
     mask_RP = in_batch[:, None] & (p_P < K)[None, :]
@@ -225,9 +245,9 @@ def kl_kernel(
     log_target_RP = tl.log(tl.where(target_RP == 0.0, 1.0, target_RP))
     log_probs_RP = tl.where((z_RP == float("-inf")) & (target_RP > 0.0), float("-inf"), log_probs_RP)
     loss_RP = target_RP * (log_target_RP - log_probs_RP)
-    mass_R = tl.reduce(target_RP, 1, add)
+    mass_R = pairwise_sum(target_RP)
     grad_RP = tl.div_rn(probs_RP * mass_R[:, None] - target_RP, temperature)
-    tl.store(loss_ptr + rows_R, tl.reduce(loss_RP, 1, add), mask=rows_R < num_rows)
+    tl.store(loss_ptr + rows_R, pairwise_sum(loss_RP), mask=rows_R < num_rows)
     tl.store(grad_ptr + at_RP, grad_RP, mask=mask_RP)
 
 
@@ -263,14 +283,14 @@ def score_gradient_kernel(
             pull_RP += tl.load(grad_probs_ptr + at_RP, mask=mask_RP, other=0.0)
         if HAS_STATS:
             values_P = tl.load(values_ptr + p_P, mask=p_P < K, other=0.0).to(tl.float32)
-            gap_RP = values_P[None, :] - tl.reduce(probs_RP * values_P[None, :], 1, add)[:, None]
+            gap_RP = values_P[None, :] - pairwise_sum(probs_RP * values_P[None, :])[:, None]
             stat_ptrs = grad_stats_ptr + rows_R
             grad_mean_R = tl.load(stat_ptrs, mask=in_batch, other=0.0)
             grad_var_R = tl.load(stat_ptrs + num_rows.to(tl.int64), mask=in_batch, other=0.0)
             grad_entropy_R = tl.load(stat_ptrs + 2 * num_rows.to(tl.int64), mask=in_batch, other=0.0)
             pull_RP += (grad_mean_R[:, None] + grad_var_R[:, None] * gap_RP) * gap_RP
             pull_RP -= grad_entropy_R[:, None] * log_probs_RP
-        grad_RP = probs_RP * (pull_RP - tl.reduce(probs_RP * pull_RP, 1, add)[:, None])
+        grad_RP = probs_RP * (pull_RP - pairwise_sum(probs_RP * pull_RP)[:, None])
     if HAS_LOGITS:
         grad_RP += tl.load(grad_logits_ptr + at_RP, mask=mask_RP, other=0.0)
     tl.store(out_ptr + at_RP, tl.div_rn(grad_RP, temperature), mask=mask_RP)
@@ -281,16 +301,16 @@ def hidden_gradient_kernel(
     grad_ptr, weight_ptr, out_ptr, num_rows, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     """Gradient of hidden: a chain of K multiply-adds for each element, in class order."""
-    rows_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    h_N = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    in_batch = rows_R < num_rows
+    # Tiles of one row or column, not vectors: the compiler then keeps the layout of the wide loads all the way through.
+    rows_R1 = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    h_1N = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
     acc_RN = tl.full((ROWS, COLS), 0.0, tl.float32)
     for k in range(K):
-        grad_R = tl.load(grad_ptr + rows_R * K + k, mask=in_batch, other=0.0)
-        w_N = tl.load(weight_ptr + k * H + h_N, mask=h_N < H, other=0.0).to(tl.float32)
-        acc_RN = tl.fma(grad_R[:, None], w_N[None, :], acc_RN)
-    mask_RN = in_batch[:, None] & (h_N < H)[None, :]
-    tl.store(out_ptr + rows_R[:, None] * H + h_N[None, :], acc_RN.to(out_ptr.dtype.element_ty), mask=mask_RN)
+        grad_R1 = tl.load(grad_ptr + rows_R1 * K + k, mask=rows_R1 < num_rows, other=0.0)
+        w_1N = tl.load(weight_ptr + k * H + h_1N, mask=h_1N < H, other=0.0).to(tl.float32)
+        acc_RN = tl.fma(grad_R1, w_1N, acc_RN)
+    mask_RN = (rows_R1 < num_rows) & (h_1N < H)
+    tl.store(out_ptr + rows_R1 * H + h_1N, acc_RN.to(out_ptr.dtype.element_ty), mask=mask_RN)
 
 
 @triton.jit(do_not_specialize=["num_rows", "hidden_stride", "rows_per_split"])
@@ -313,27 +333,27 @@ def weight_partial_kernel(
     The second stage adds the runs in order. No atomics: the same batch gives the same bits every time.
     """
     split = tl.program_id(0).to(tl.int64)
-    h_N = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    h_1N = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
     first = tl.program_id(2) * (MAIN + TAIL)
-    main_A = first + tl.arange(0, MAIN)
+    main_A1 = first + tl.arange(0, MAIN)[:, None]
     acc_AN = tl.full((MAIN, COLS), 0.0, tl.float32)
     if TAIL > 0:
-        tail_C = first + MAIN + tl.arange(0, TAIL)
+        tail_C1 = first + MAIN + tl.arange(0, TAIL)[:, None]
         acc_CN = tl.full((TAIL, COLS), 0.0, tl.float32)
     stride = hidden_stride.to(tl.int64) * UNIT
     for step in tl.range(0, rows_per_split, loop_unroll_factor=4):
         row = split * rows_per_split + step
         in_batch = row < num_rows
-        x_N = tl.load(hidden_ptr + row * stride + h_N, mask=in_batch & (h_N < H), other=0.0).to(tl.float32)
-        grad_A = tl.load(grad_ptr + row * K + main_A, mask=in_batch & (main_A < K), other=0.0)
-        acc_AN = tl.fma(grad_A[:, None], x_N[None, :], acc_AN)
+        x_1N = tl.load(hidden_ptr + row * stride + h_1N, mask=in_batch & (h_1N < H), other=0.0).to(tl.float32)
+        grad_A1 = tl.load(grad_ptr + row * K + main_A1, mask=in_batch & (main_A1 < K), other=0.0)
+        acc_AN = tl.fma(grad_A1, x_1N, acc_AN)
         if TAIL > 0:
-            grad_C = tl.load(grad_ptr + row * K + tail_C, mask=in_batch & (tail_C < K), other=0.0)
-            acc_CN = tl.fma(grad_C[:, None], x_N[None, :], acc_CN)
-    out_ptrs = partial_ptr + split * (K * H) + h_N[None, :]
-    tl.store(out_ptrs + main_A[:, None] * H, acc_AN, mask=(main_A < K)[:, None] & (h_N < H)[None, :])
+            grad_C1 = tl.load(grad_ptr + row * K + tail_C1, mask=in_batch & (tail_C1 < K), other=0.0)
+            acc_CN = tl.fma(grad_C1, x_1N, acc_CN)
+    out_ptrs = partial_ptr + split * (K * H) + h_1N
+    tl.store(out_ptrs + main_A1 * H, acc_AN, mask=(main_A1 < K) & (h_1N < H))
     if TAIL > 0:
-        tl.store(out_ptrs + tail_C[:, None] * H, acc_CN, mask=(tail_C < K)[:, None] & (h_N < H)[None, :])
+        tl.store(out_ptrs + tail_C1 * H, acc_CN, mask=(tail_C1 < K) & (h_1N < H))
 
 
 @triton.jit(do_not_specialize=["num_splits"])

@@ -55,12 +55,15 @@ class Tile(NamedTuple):
     def of(cls, classes: int) -> Tile:
         """The tile for K classes."""
         padded = power_of_two(classes)
-        # 4 rows share each load of the weights; at most 128 logits a tile, one for each thread of the softmax.
-        rows = min(4, LANES // padded)
         if classes > 16:
-            return cls(padded, 8, 8, -(-classes // 16), rows)
-        main = min(8, padded if padded == classes else padded // 2)
-        return cls(padded, main, power_of_two(classes - main) if classes > main else 0, 1, rows)
+            main, tail, groups = 8, 8, -(-classes // 16)
+        else:
+            main = min(8, padded if padded == classes else padded // 2)
+            tail, groups = power_of_two(classes - main) if classes > main else 0, 1
+        # Rows share each load of the weights. Eight rows of nine classes take 162 of 255 registers (sm_90, bfloat16),
+        # of sixteen they would spill. At most LANES logits a tile: one for each thread of the softmax.
+        rows = min(8 if main + tail <= 9 else 4, LANES // padded)
+        return cls(padded, main, tail, groups, rows)
 
 
 def power_of_two(number: int) -> int:

@@ -12,7 +12,7 @@ once, each of its N lanes keeping a running maximum and a running sum, so the or
 import triton
 import triton.language as tl
 
-from zscore_kernels.head_kernels import add, larger, softmax, store_head
+from zscore_kernels.head_kernels import add, larger, pairwise_sum, softmax, store_head
 
 
 @triton.jit
@@ -34,7 +34,8 @@ def _row_log_sum_exp(row_ptr, V: tl.constexpr, COLS: tl.constexpr):
         sum_N = tl.where(gap_N > 0.0, sum_N * e_N + 1.0, sum_N + e_N)
         max_N = tl.maximum(max_N, x_N)
     row_max = tl.reduce(max_N, 0, larger)
-    return row_max, tl.log(tl.reduce(sum_N * tl.exp(max_N - row_max), 0, add))
+    sum_1N = (sum_N * tl.exp(max_N - row_max))[None, :]
+    return row_max, tl.log(tl.reduce(pairwise_sum(sum_1N), 0, add))
 
 
 @triton.jit(do_not_specialize=["num_rows", "row_stride", "col_stride"], do_not_specialize_on_alignment=["values_ptr"])
@@ -74,7 +75,7 @@ def from_logits_kernel(
         # The mass is the model's own, whatever the temperature of the scores.
         raw_RP = tl.where((p_P < K)[None, :], raw_RP, float("-inf"))
         set_max_R = tl.reduce(raw_RP, 1, larger)
-        set_log_R = tl.log(tl.reduce(tl.exp(raw_RP - set_max_R[:, None]), 1, add))
+        set_log_R = tl.log(pairwise_sum(tl.exp(raw_RP - set_max_R[:, None])))
         row = tl.program_id(0).to(tl.int64)
         row_max, row_log = _row_log_sum_exp(logits_ptr + row * row_step, V, COLS)
         base = num_rows.to(tl.int64)
@@ -138,7 +139,7 @@ def column_gradient_kernel(
     # Row i of the table sums what falls to the column of class i.
     ids_Q = tl.load(ids_ptr + p_P, mask=p_P < K, other=-2).to(tl.int64)
     same_PQ = ids_P[:, None] == ids_Q[None, :]
-    total_P = tl.reduce(tl.where(same_PQ, grad_P[None, :], 0.0), 1, add)
+    total_P = pairwise_sum(tl.where(same_PQ, grad_P[None, :], 0.0))
     earlier_P = tl.reduce(tl.where(same_PQ & (p_P[None, :] < p_P[:, None]), 1, 0), 1, add)
     if WITH_MASS:
         row_max = tl.load(mass_ptr + num_rows.to(tl.int64) + row)
