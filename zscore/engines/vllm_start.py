@@ -46,16 +46,15 @@ class VllmConfig:
     chunked_prefill: bool = False
     """Let a prompt be split over steps. That fills steps to the last token, but where the cut falls depends on what
     else is in the batch, and so do the last bits of the scores."""
-    in_process: bool = True
-    """Run vLLM's loop in this process, so that it steps when the caller says so: the same prompts in the same order
-    make the same batches in every run. False overlaps packing pictures with the device's work, in a second process
-    whose batches depend on timing."""
     seed: int = 0
     """Of vLLM's generators; scoring draws no random numbers."""
 
 
 def start(model: str, config: VllmConfig, **settings: Any) -> Any:
-    """Start an `LLMEngine`.
+    """Start an `LLMEngine` whose loop runs in this process.
+
+    It then steps only when the caller says so: the same prompts in the same order make the same batches in every
+    run. And on a CPU a second process would fight for the same cores.
 
     Args:
         model: Checkpoint folder.
@@ -74,7 +73,7 @@ def start(model: str, config: VllmConfig, **settings: Any) -> Any:
     wanted = {**_arguments(model, config, on_cpu=on_cpu), **settings}
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     arguments = {name: value for name, value in wanted.items() if name in known}
-    with _restored_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0" if config.in_process else "1"), quiet():
+    with _restored_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"), quiet():
         try:
             return LLMEngine.from_engine_args(EngineArgs(**arguments))
         except Exception as error:  # vLLM and what it loads raise anything
