@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from zscore.errors import TableError, UsageError
-from zscore.records import Status
 from zscore.table_output import fetch
-from zscore.tables import OVERALL, known
+from zscore.tables import OVERALL, is_ok, known
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,11 +71,6 @@ class Criterion:
     passes: pl.Expr
     columns: tuple[str, ...] = ()
     """Scores that it reads; they must be finite."""
-
-
-def is_ok() -> pl.Expr:
-    """Whether a row has scores."""
-    return (pl.col("status") == Status.OK.value).fill_null(value=False)
 
 
 def row_criteria(

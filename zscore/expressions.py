@@ -178,10 +178,10 @@ class ScoreExpression:
         """Columns that `expr` reads."""
         found = list(self.names)
         if risk:
-            found += [f"{name}_std" for name in self._leaves()]
+            found += [f"{name}_std" for name in self.leaves()]
         return list(dict.fromkeys(found))
 
-    def _leaves(self) -> list[str]:
+    def leaves(self) -> list[str]:
         """Dimensions as often as the expression reads them; `overall` reads all."""
         names = [node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name) and node.id not in _FUNCTIONS]
         return [leaf for name in names for leaf in (self.dimensions if name == OVERALL else (name,))]
@@ -241,7 +241,7 @@ class ScoreExpression:
         Raises:
             UsageError: a dimension is read twice.
         """
-        twice = [name for name, count in Counter(self._leaves()).items() if count > 1]
+        twice = [name for name, count in Counter(self.leaves()).items() if count > 1]
         if twice:
             raise UsageError(
                 f"{self._option} reads '{twice[0]}' twice (overall reads all dimensions): its distribution, and so the"

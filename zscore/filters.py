@@ -25,10 +25,11 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from zscore.criteria import is_ok, row_criteria
+from zscore.criteria import row_criteria
 from zscore.errors import TableError, UsageError
 from zscore.expressions import ScoreExpression
-from zscore.table_output import check_targets, derived, fetch, sink, written
+from zscore.table_output import check_targets, derived, failures, fetch, sink, written
+from zscore.tables import ROW, is_ok, numbered_where, rows_where
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 KEPT = 0
 NOT_OK = 255
-ROW = "__zscore_row"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ class Decision:
             return_dtype=pl.String,
             is_elementwise=True,
         )
-        dropped = _numbered_where(frame, self.code_N != KEPT)
+        dropped = numbered_where(frame, self.code_N != KEPT)
         return dropped.with_columns(reason=pl.coalesce(reason, pl.col("status").cast(pl.String))).drop(ROW)
 
 
@@ -289,24 +289,10 @@ def _beyond_fraction(scores: Scores, rank: pl.Series, passing: Mask, fraction: f
     return np.asarray(passing & ~better & ~tied)
 
 
-def rows_where(frame: pl.LazyFrame, mask: Mask) -> pl.LazyFrame:
-    """Rows of a frame by a mask over all of its rows."""
-    return _numbered_where(frame, mask).drop(ROW)
-
-
-def _numbered_where(frame: pl.LazyFrame, mask: Mask) -> pl.LazyFrame:
-    wanted = pl.col(ROW).map_batches(
-        lambda rows: pl.Series(ROW, mask[rows.to_numpy()]), return_dtype=pl.Boolean, is_elementwise=True
-    )
-    return frame.with_row_index(ROW).filter(wanted)
-
-
 def _count(scores: Scores, code_N: NDArray[np.uint8], reasons: Sequence[str]) -> dict[str, int]:
     """Dropped rows by reason; those without scores by their status."""
     counts = np.bincount(code_N, minlength=256)
     found = {reason: int(counts[number]) for number, reason in enumerate(reasons, 1) if counts[number]}
     if counts[NOT_OK]:
-        status = pl.col("status").cast(pl.String).fill_null("no_status")
-        failed = scores.frame.filter(~is_ok()).group_by(status).len()
-        found |= dict(fetch(failed, scores.name).iter_rows())
+        found |= failures(scores)
     return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))

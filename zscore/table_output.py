@@ -12,9 +12,12 @@ import polars as pl
 from zscore.errors import TableError, UsageError
 from zscore.parquet import METADATA_KEY, ROWS_PER_GROUP
 from zscore.store import is_local, open_store, split_out
+from zscore.tables import is_ok
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from zscore.tables import Scores
 
 
 def check_targets(inputs: Sequence[str], targets: Mapping[str, str | None]) -> None:
@@ -94,6 +97,13 @@ def fetch(frame: pl.LazyFrame, source: str) -> pl.DataFrame:
     """
     with readable(source):
         return frame.collect(engine="streaming")
+
+
+def failures(scores: Scores) -> dict[str, int]:
+    """Rows without scores by their status."""
+    status = pl.col("status").cast(pl.String).fill_null("no_status")
+    counts = scores.frame.filter(~is_ok()).group_by(status).len()
+    return dict(fetch(counts, scores.name).iter_rows())
 
 
 @contextlib.contextmanager

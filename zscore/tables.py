@@ -20,13 +20,22 @@ import pyarrow.parquet as pq
 
 from zscore.errors import TableError, UsageError
 from zscore.parquet import ROWS_PER_GROUP, read_metadata
+from zscore.records import Status
 from zscore.store import is_local
 from zscore.table_metadata import check_unmixed, merged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+    from polars.datatypes import DataType, DataTypeClass
+
+    PolarsDataType = DataType | DataTypeClass
+
 OVERALL = "overall"
+# Numbers the rows of a table inside a query.
+ROW = "__zscore_row"
 # What a column must hold, where it is there; derived tables may have fewer columns.
 _TEXT = ("shard", "key", "prompt", "group", "status", "sha256")
 _FOOTERS_AT_ONCE = 16
@@ -98,6 +107,28 @@ def known(name: str, names: Sequence[str], option: str, kind: str = "dimension")
     near = get_close_matches(name, names, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
     raise UsageError(f"{option}: there is no {kind} '{name}': {hint}")
+
+
+def is_ok() -> pl.Expr:
+    """Whether a row has scores."""
+    return (pl.col("status") == Status.OK.value).fill_null(value=False)
+
+
+def rows_where(frame: pl.LazyFrame, mask: NDArray[np.bool_]) -> pl.LazyFrame:
+    """Rows of a frame by a mask over all of its rows."""
+    return numbered_where(frame, mask).drop(ROW)
+
+
+def numbered_where(frame: pl.LazyFrame, mask: NDArray[np.bool_]) -> pl.LazyFrame:
+    """The same, with the column `ROW`."""
+    return frame.with_row_index(ROW).filter(looked_up(mask, pl.Boolean))
+
+
+def looked_up(values: NDArray[Any], dtype: PolarsDataType) -> pl.Expr:
+    """The value of each row by its number, in the column `ROW`; streams, unlike a join."""
+    return pl.col(ROW).map_batches(
+        lambda rows: pl.Series(ROW, values[rows.to_numpy()], dtype=dtype), return_dtype=dtype, is_elementwise=True
+    )
 
 
 def open_scores(*sources: str, allow_mixed: bool = False) -> Scores:

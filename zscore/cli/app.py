@@ -13,10 +13,14 @@ from zscore.cli.evaluate import evaluate
 from zscore.cli.filter import filter_scores
 from zscore.cli.reshard import reshard
 from zscore.cli.score import score
+from zscore.cli.select import select
+from zscore.cli.show import show
 
 COMMANDS = {
     "score": score,
     "filter": filter_scores,
+    "select": select,
+    "show": show,
     "eval": evaluate,
     "calibrate": calibrate,
     "reshard": reshard,

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 def plain(value: object) -> str:
     """A value as one line that can't steer the terminal."""
-    text = " ".join(str(value).split())
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return "".join(c if c.isprintable() else " " if c.isspace() else f"\\u{ord(c):04x}" for c in str(value))
 
 
 def cell(value: object) -> Text:
@@ -26,11 +25,27 @@ def cell(value: object) -> Text:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> Table:
     """A table whose first columns are text and the others numbers."""
+    from rich import box
     from rich.table import Table
 
-    made = Table(title=cell(title), title_justify="left")
+    made = Table(title=cell(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
     for number, name in enumerate(columns):
         made.add_column(cell(name), justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*map(cell, row))
+    return made
+
+
+def listing(title: str, columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[object]]) -> Table:
+    """A table with one line a row: text (`True`) is cut where the terminal ends, numbers never are."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=cell(title), title_justify="left", box=box.SIMPLE_HEAD)
+    for name, is_text in columns:
+        made.add_column(cell(name), justify="left" if is_text else "right", no_wrap=is_text, overflow="ellipsis")
+        if not is_text:
+            made.columns[-1].min_width = 5
     for row in rows:
         made.add_row(*map(cell, row))
     return made
