@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -141,6 +143,32 @@ def test_the_ranges_are_those_of_the_vllm_that_is_installed() -> None:
     assert specifiers("transformers", PROJECT["dependencies"]) == specifiers("transformers", wanted)
     override = (ROOT / "requirements" / "overrides.txt").read_text(encoding="utf-8").splitlines()[-1:]
     assert specifiers("torch", override) & specifiers("torch", wanted)
+
+
+def test_everything_that_is_imported_is_asked_for() -> None:
+    extras = PROJECT["optional-dependencies"]
+    asked = [*PROJECT["dependencies"], *extras["s3"], *extras["vllm"]]
+    names = {canonicalize_name(Requirement(line).name) for line in asked}
+    own = {"triton", *PACKAGES}  # triton comes with the CUDA builds of torch, and kernels do without it elsewhere
+    owners = packages_distributions()
+    missing = set()
+    for folder in PACKAGES.values():
+        for path in (ROOT / folder).rglob("*.py"):
+            for module in imported(path) - own - sys.stdlib_module_names:
+                distributions = {canonicalize_name(name).removesuffix("-cpu") for name in owners.get(module, [module])}
+                if not distributions & names:
+                    missing.add((module, path.name))
+    assert missing == set()
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
 
 
 def test_everything_that_is_installed_is_pinned() -> None:
