@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import uuid
 
@@ -13,70 +12,19 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from tests.tiny import sample_members, write_rubric, write_shards, write_tar
-from zscore.demo.student import demo_student
+from tests.running import Watching, rows, run, shared_judge
+from tests.tiny import sample_members, write_shards, write_tar
 from zscore.errors import OutputLockedError, OutputMismatchError, ShardNotFoundError, UsageError
-from zscore.judge import JudgeOptions, plan_judge
+from zscore.judge import plan_judge
 from zscore.parquet import read_metadata
-from zscore.progress import QuietReporter
 from zscore.samples import ReadOptions
-from zscore.score import ScoreOptions, score
 from zscore.store import open_store
 
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """The real judge, its engine loaded once for all tests of this file."""
-    rubric = write_rubric(tmp_path_factory.mktemp("rubric"))
-    planned = plan_judge(
-        JudgeOptions(model=str(demo_student()), engine="transformers", rubric=str(rubric), max_pixels=4096)
-    )
-    shared = Shared(planned)
-    yield shared
-    shared.loaded.close()
-
-
-class Shared:
-    def __init__(self, planned):
-        self._planned = planned
-        self.loaded = planned.engine()
-        self.loads = 0
-
-    def __getattr__(self, name):
-        return getattr(self._planned, name)
-
-    def engine(self):
-        self.loads += 1
-        return KeptOpen(self.loaded)
-
-
-class KeptOpen:
-    def __init__(self, engine):
-        self._engine = engine
-
-    def __getattr__(self, name):
-        return getattr(self._engine, name)
-
-    def close(self):
-        pass
-
-
-class Watching(QuietReporter):
-    """Calls back on every row; a test raises there what a user or a machine would."""
-
-    def __init__(self, on_row=lambda _: None):
-        self._on_row = on_row
-        self.rows = 0
-
-    def row(self, row):
-        self.rows += 1
-        self._on_row(self)
-
-
-def run(judge, inputs, out, reporter=None, **options):
-    inputs = (str(inputs),) if isinstance(inputs, str | os.PathLike) else tuple(map(str, inputs))
-    options.setdefault("workers", 1)
-    return score(ScoreOptions(inputs=inputs, out=str(out), **options), judge, reporter or Watching())
+    with shared_judge(tmp_path_factory.mktemp("rubric")) as shared:
+        yield shared
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +41,6 @@ def whole(judge, shards, tmp_path_factory):
     summary = run(judge, shards, out)
     assert dict(summary.counts) == {"ok": 19, "bad_image": 1}
     return out
-
-
-def rows(path):
-    return pq.read_table(path).to_pylist()
 
 
 def test_every_sample_is_a_row_in_order_with_proper_distributions(whole):

@@ -207,6 +207,10 @@ class _Run:
         else:
             self._texts[suffix] = tar.read()
 
+    def looks_whole(self, plan: _Plan) -> bool:
+        """Whether a picture and a text are there; whether more would have come, a cut shard can't tell."""
+        return bool(self.suffixes & plan.ranks.keys() and self.suffixes & plan.texts)
+
     def sample(self, shard: str, index: int, plan: _Plan) -> Sample:
         """Returns the sample; of several failures the picture's comes first."""
         prompt = group = ""
@@ -256,6 +260,10 @@ def _runs(tar: TarReader, plan: _Plan, *, load: bool) -> Iterator[_Run]:
                 run = _begin(key, done, options)
             run.add(tar, suffix, plan, load=load)
     except ShardFault as fault:
+        # Cut between members: a sample that has a picture and a text is as whole as one can tell.
+        if run is not None and fault.between_members and run.looks_whole(plan):
+            yield run
+            run = None
         fault.key = "" if run is None else run.key
         raise
     if run is not None:

@@ -37,9 +37,10 @@ _QUERY = re.compile(r"\?[^\s'\"<>)]+")
 class ShardFault(Exception):  # noqa: N818  # not the caller's error: it becomes the last row of its shard
     """The rest of a shard can't be read. Carries the `Failure` of its row and never leaves `zscore.samples`."""
 
-    def __init__(self, status: Status, error: str) -> None:
+    def __init__(self, status: Status, error: str, *, between_members: bool = False) -> None:
         super().__init__(error)
         self.failure = Failure(status, error)
+        self.between_members = between_members
         self.key = ""
         """Of the sample that the fault falls in; filled in by whoever knows it."""
 

@@ -95,17 +95,18 @@ class TarReader:
 
     def advance(self) -> bool:
         """Moves to the next member and says whether there is one."""
-        extra: dict[bytes, bytes] = {}
+        extra: dict[bytes, bytes] | None = None
         while (block := self._next_block()) and block != _ZEROS:
             name, type_, size = _parse(block, self._stream)
             if type_ in _EXTENSIONS:
+                extra = extra or {}
                 self._extend(type_, size, extra)
-                continue
-            if extra or self._globals:
-                self._stand_on_extended(name, type_, size, block, {**self._globals, **extra})
+            elif extra or self._globals:
+                self._stand_on_extended(name, type_, size, block, {**self._globals, **(extra or {})})
+                return True
             else:
                 self._stand_on(name, type_, size, block)
-            return True
+                return True
         if extra:
             text = f"the shard ends at byte {self._stream.position}, between an extension header and its member"
             raise ShardFault(Status.TRUNCATED_SHARD, text)
@@ -140,18 +141,13 @@ class TarReader:
 
     def _next_block(self) -> bytes:
         """Returns the next header, or nothing at the end."""
-        left = self._left
-        if left >= BLOCK:
+        left, self._left = self._left, 0
+        block = self._stream.read_buffered(left, BLOCK)
+        if not block:
             passed = self._stream.skip(left)
             if passed < left:
                 self._cut(left, passed)
-            left = 0
-        self._left = 0
-        block = self._stream.read(left + BLOCK)
-        if len(block) < left:
-            self._cut(left, len(block))
-        if left:
-            block = block[left:]
+            block = self._stream.read(BLOCK)
         return block if len(block) == BLOCK else self._last_block(block)
 
     def _last_block(self, block: bytes) -> bytes:
@@ -165,7 +161,7 @@ class TarReader:
         if offset == 0:
             _check_signature(block)
         text = f"the shard ends inside a header: {len(block)} of {BLOCK} bytes from byte {offset} on"
-        raise ShardFault(Status.TRUNCATED_SHARD, text)
+        raise ShardFault(Status.TRUNCATED_SHARD, text, between_members=True)
 
     def _cut(self, size: int, got: int) -> NoReturn:
         start = self._stream.position - got
@@ -242,7 +238,8 @@ def _parse(block: bytes, stream: Stream) -> tuple[bytes, bytes, int]:
         if offset == 0:
             _check_signature(block)
             raise ShardFault(Status.BAD_SHARD, "not a tar: no header at byte 0")
-        raise ShardFault(Status.BAD_SHARD, f"the shard is damaged: no header at byte {offset}")
+        text = f"the shard is damaged: no header at byte {offset}"
+        raise ShardFault(Status.BAD_SHARD, text, between_members=True)
     name = name.partition(b"\0")[0]
     # GNU tar keeps times where ustar has its prefix, so the magic decides.
     if prefix[0] and magic == b"ustar\0":
