@@ -7,11 +7,15 @@ write_scores(path, random_rows(seed=0, rows=100, groups=20))
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zscore.parquet import TableWriter, read_metadata, rows_to_table, score_schema
@@ -181,6 +185,13 @@ def write_scores(
     return path
 
 
+def rewrite(table: pa.Table, path: Path, metadata: dict[str, Any] | None = None, **options: Any) -> Path:
+    """Write a table that was changed by hand, with the metadata of a scores file; `options` go to pyarrow."""
+    text = json.dumps(metadata or metadata_of([]))
+    pq.write_table(table.replace_schema_metadata({"zscore": text}), path, **options)
+    return path
+
+
 def write_parts(folder: Path, rows: list[ScoreRow], rubric: Rubric | None = None, **changes: Any) -> Path:
     """Write a folder that holds one part a shard, as `zscore score --out DIR/` does."""
     for shard in dict.fromkeys(made.shard for made in rows):
@@ -202,3 +213,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def metadata_in(path: Path) -> dict[str, Any]:
     """The zscore metadata of a file."""
     return read_metadata(path, str(path))
+
+
+def zscore(*arguments: object) -> int:
+    """Exit code of one call of the command line, in this process."""
+    from zscore.cli.app import build_app
+    from zscore.cli.run import run
+
+    with patch.object(sys, "argv", ["zscore", *map(str, arguments)]):
+        return run(build_app())

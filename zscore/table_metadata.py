@@ -34,8 +34,8 @@ def check_unmixed(files: Sequence[str], metadatas: Sequence[dict[str, Any]], *, 
             if _at(first, path) != _at(metadata, path):
                 ours, theirs = (_shown(data, path, shown) for data in (first, metadata))
                 raise TableError(
-                    f"{files[0]} and {file} were scored with different {name}s ({ours} and {theirs}):"
-                    " score them alike, name one of them, or pass --allow-mixed"
+                    f"{files[0]} and {file} weren't scored alike: {name} {ours} and {theirs};"
+                    " name files that were, or pass --allow-mixed"
                 )
         if _commands(first) != _commands(metadata):
             raise TableError(
@@ -53,7 +53,7 @@ def _at(metadata: dict[str, Any], path: Sequence[str]) -> Any:
 
 def _shown(metadata: dict[str, Any], path: Sequence[str], shown: Sequence[str]) -> str:
     name, value = _at(metadata, shown), str(_at(metadata, path))
-    return f"'{name}'" if shown == path else f"'{name}', {path[-1]} {value[:12]}"
+    return f"'{str(name)[:12]}'" if shown == path else f"'{name}', {path[-1]} {value[:12]}"
 
 
 def _commands(metadata: dict[str, Any]) -> list[str]:
@@ -62,7 +62,7 @@ def _commands(metadata: dict[str, Any]) -> list[str]:
 
 def _origin(file: str, metadata: dict[str, Any]) -> str:
     commands = _commands(metadata)
-    return f"{file} was made by zscore {' and then '.join(commands)}" if commands else f"{file} by zscore score"
+    return f"{file} was made by zscore {' and then '.join(commands or ['score'])}"
 
 
 def merged(metadatas: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
+import re
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from zscore.tables import Scores
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_targets(inputs: Sequence[str], targets: Mapping[str, str | None]) -> None:
@@ -77,6 +82,7 @@ def sink(frame: pl.LazyFrame, stream: IO[bytes], metadata: dict[str, Any], sourc
 
     Raises:
         TableError: `source`, what the query reads, is broken.
+        OSError: the disk is full.
     """
     text = json.dumps(metadata, sort_keys=True)
     with readable(source):
@@ -108,10 +114,13 @@ def failures(scores: Scores) -> dict[str, int]:
 
 @contextlib.contextmanager
 def readable(source: str) -> Iterator[None]:
-    """What polars makes of a broken file, in one line that names the file."""
+    """What polars makes of a broken file, in one line that names the file; a full disk is the output's fault."""
     try:
         yield
     except pl.exceptions.PolarsError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found and int(found[1]) in _FULL:
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         raise TableError(f"can't read {source}: {str(error).splitlines()[0]}") from error
 
 
