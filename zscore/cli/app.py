@@ -11,6 +11,7 @@ from zscore.cli.demo import demo
 from zscore.cli.doctor import doctor
 from zscore.cli.evaluate import evaluate
 from zscore.cli.filter import filter_scores
+from zscore.cli.report import report
 from zscore.cli.reshard import reshard
 from zscore.cli.score import score
 from zscore.cli.select import select
@@ -24,6 +25,7 @@ COMMANDS = {
     "eval": evaluate,
     "calibrate": calibrate,
     "reshard": reshard,
+    "report": report,
     "demo": demo,
     "doctor": doctor,
 }

@@ -1,0 +1,194 @@
+"""The rows that a report shows: best, worst, most uncertain, and some groups side by side.
+
+Ties go by the position in the table, and a picture that lies in it several times is shown once a gallery.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from zscore.report.columns import scored
+from zscore.table_output import fetch
+from zscore.tables import ROW
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from zscore.report.columns import Columns
+    from zscore.report.summary import Grid, Numbers
+    from zscore.tables import Scores
+
+# So many candidates a place are looked at, so that copies of one picture leave enough others.
+COPIES = 8
+GROUP_SIZE = 8
+_BASE = ("shard", "index", "key", "prompt", "group", "width", "height", "sha256")
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Rows under one heading."""
+
+    title: str
+    note: str
+    """How they were chosen."""
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Candidates for one prompt, best first."""
+
+    name: str
+    prompt: str
+    size: int
+    gain: float
+    """Of the best over the mean."""
+    rows: list[dict[str, Any]]
+    """All, or the best and the worst half of `GROUP_SIZE`."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStats:
+    """All groups of a table."""
+
+    groups: int
+    several: int
+    """Groups of at least two scored candidates; what follows is about them."""
+    sizes: tuple[int, int, int]
+    """Fewest, median and most candidates."""
+    mean: float
+    """Of a candidate picked at random, averaged over the groups."""
+    best: float
+    """Of the best candidate, averaged over the groups."""
+    covered: list[list[float]]
+    """For every score: groups by the bin of their best candidate (all groups, also those of one)."""
+    chosen: list[str]
+    """The groups whose candidates differ most, widest first."""
+
+
+def choose_galleries(scores: Scores, columns: Columns, numbers: Numbers, top: int) -> list[Gallery]:
+    """Best, worst and most uncertain rows, `top` of each at most."""
+    lead_N = numbers.score[columns.lead]
+    # Best and worst shouldn't be the same few pictures.
+    each = min(top, (len(numbers) + 1) // 2)
+    name = columns.lead
+    orders = [
+        ("Best", f"The highest {name}.", _first(-lead_N, each * COPIES), each),
+        ("Worst", f"The lowest {name}.", _first(lead_N, each * COPIES), each),
+    ]
+    if columns.stds:
+        wide_N = np.mean([numbers.std[dimension] for dimension in columns.stds], axis=0)
+        note = "The widest distributions, by the mean of the dimensions’ standard deviations."
+        orders.append(("Most uncertain", note, _first(-wide_N, top * COPIES), top))
+    places = [(title, note, numbers.row_N[order].tolist(), count) for title, note, order, count in orders]
+    digests = _digests(scores, {row for _, _, rows, _ in places for row in rows})
+    kept = [(title, note, _distinct(rows, digests)[:count]) for title, note, rows, count in places]
+    details = read_rows(scores, columns, {row for _, _, rows in kept for row in rows})
+    return [Gallery(title, note, [details[row] for row in rows]) for title, note, rows in kept]
+
+
+def _first(keys_N: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Positions of the smallest keys, ties in order; NaN comes last."""
+    return np.argsort(keys_N, kind="stable")[:count]
+
+
+def _digests(scores: Scores, rows: set[int]) -> dict[int, str]:
+    if "sha256" not in scores.schema:
+        return {}
+    found = fetch(_rows(scores, rows).select(ROW, "sha256"), scores.name)
+    return dict(found.iter_rows())
+
+
+def _distinct(rows: Iterable[int], digests: dict[int, str]) -> list[int]:
+    """Rows whose picture didn't come before."""
+    first: dict[str | int, int] = {}
+    for row in rows:
+        first.setdefault(digests.get(row) or row, row)
+    return list(first.values())
+
+
+def _rows(scores: Scores, rows: Iterable[int]) -> pl.LazyFrame:
+    wanted = pl.Series(sorted(rows), dtype=pl.UInt32)
+    return scores.frame.with_row_index(ROW).filter(pl.col(ROW).is_in(wanted.implode()))
+
+
+def read_rows(scores: Scores, columns: Columns, rows: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """All that a card shows, by position in the table."""
+    wanted = [name for name in _BASE if name in scores.schema]
+    wanted += [*columns.scores, *(f"{name}_std" for name in columns.stds), *(f"{name}_probs" for name in columns.probs)]
+    found = fetch(_rows(scores, rows).select(ROW, *wanted), scores.name)
+    return {row[ROW]: row for row in found.iter_rows(named=True)}
+
+
+def group_stats(scores: Scores, columns: Columns, grid: Grid, count: int) -> GroupStats | None:
+    """What best-of-N has to choose from; None where the table has no groups.
+
+    Args:
+        scores: the table.
+        columns: of it.
+        grid: bins for the groups' best candidates.
+        count: how many groups to choose.
+    """
+    if "group" not in scores.schema:
+        return None
+    lead = pl.col(columns.lead).cast(pl.Float64)
+    best = [pl.col(name).max().cast(pl.Float32).alias(f"best_{s}") for s, name in enumerate(columns.scores)]
+    found = fetch(
+        scored(scores, columns)
+        .group_by(pl.col("group").cast(pl.String))
+        .agg(pl.len().alias("size"), lead.mean().alias("mean"), (lead.max() - lead.min()).alias("spread"), *best),
+        scores.name,
+    )
+    several = found.filter(pl.col("size") > 1)
+    sizes = several["size"]
+    widest = several.sort("spread", "group", descending=[True, False]).head(count)
+    return GroupStats(
+        groups=found.height,
+        several=several.height,
+        sizes=(int(sizes.min() or 0), int(sizes.median() or 0), int(sizes.max() or 0)),  # type: ignore[arg-type]
+        mean=_mean(several["mean"]),
+        best=_mean(several["best_0"]),
+        covered=[grid.count(found[f"best_{s}"].to_numpy()) for s in range(len(columns.scores))],
+        chosen=widest["group"].to_list(),
+    )
+
+
+def _mean(values: pl.Series) -> float:
+    mean = values.cast(pl.Float64).mean()
+    return float(mean) if isinstance(mean, float) else 0.0
+
+
+def read_groups(scores: Scores, columns: Columns, chosen: list[str]) -> list[Group]:
+    """The candidates of the chosen groups, best first; ties by the position in the table."""
+    if not chosen:
+        return []
+    lead = columns.lead
+    group = pl.col("group").cast(pl.String)
+    members = fetch(
+        scored(scores, columns)
+        .filter(group.is_in(pl.Series(chosen).implode()))
+        .select(ROW, group, pl.col(lead).cast(pl.Float64)),
+        scores.name,
+    ).sort(lead, ROW, descending=[True, False])
+    by_group = {str(part["group"][0]): part for part in members.partition_by("group")}
+    shown = {name: _ends(by_group[name][ROW].to_list()) for name in chosen}
+    details = read_rows(scores, columns, {row for rows in shown.values() for row in rows})
+    made = []
+    for name in chosen:
+        rows = [details[row] for row in shown[name]]
+        of_group = by_group[name][lead]
+        gain = float(of_group[0]) - _mean(of_group)
+        made.append(Group(name, rows[0]["prompt"], len(of_group), gain, rows))
+    return made
+
+
+def _ends(rows: list[int]) -> list[int]:
+    if len(rows) <= GROUP_SIZE:
+        return rows
+    return rows[: GROUP_SIZE // 2] + rows[-GROUP_SIZE // 2 :]
