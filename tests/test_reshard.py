@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from tests.command import zscore
 from tests.scores_factory import row, write_scores
-from zscore import tar_copy
-from zscore.errors import OutputLockedError, OutputMismatchError, TableError, UsageError
+from zscore import file_copy, tar_copy
+from zscore.errors import OutputError, OutputLockedError, OutputMismatchError, TableError, UsageError
 from zscore.records import ShardRef
 from zscore.reshard import ReshardOptions, reshard
 from zscore.samples import ReadOptions, count_samples, read_samples
@@ -187,13 +187,28 @@ class TestCopy:
         index = json.loads((tmp_path / "out" / "kept-index.json").read_text())
         assert index["shardlist"] == []
 
+    def test_shards_that_webdataset_wrote(self, tmp_path, monkeypatch):
+        """Its times have fractions, so that every member has a pax header; that is read without the tar reader too."""
+        (tmp_path / "src").mkdir()
+        with webdataset.TarWriter(str(tmp_path / "src" / "a.tar")) as writer:
+            for i in range(6):
+                writer.write({"__key__": f"dir/{i}", "jpg": bytes(i * 1000), "json": {"n": i}})
+        source = tmp_path / "src" / "a.tar"
+        tails = []
+        whole = tar_copy.read_members
+        monkeypatch.setattr(tar_copy, "read_members", lambda carrier: tails.append(carrier.position) or whole(carrier))
+        run(kept_rows(tmp_path, all_rows(source, "a.tar")[1::2]), tmp_path / "src", tmp_path / "out")
+        wanted = raw_members(source)
+        assert raw_members(tmp_path / "out" / "kept-000000.tar") == [wanted[i] for i in (2, 3, 6, 7, 10, 11)]
+        assert source.read_bytes()[tails[0] :].count(0) == source.stat().st_size - tails[0]  # the end marker alone
+
     @pytest.mark.parametrize("broken", [errno.EXDEV, errno.EOPNOTSUPP])
     @pytest.mark.parametrize("ways", [1, 2])
     def test_other_ways_to_copy(self, tmp_path, monkeypatch, broken, ways):
         def refuse(*_):
             raise OSError(broken, "not here")
 
-        monkeypatch.setattr(tar_copy, "_ways", [refuse] * ways + tar_copy._ways[ways:])
+        monkeypatch.setattr(file_copy, "_ways", [refuse] * ways + file_copy._ways[ways:])
         source = make_tar(tmp_path / "src" / "a.tar", samples(4))
         run(kept_rows(tmp_path, all_rows(source, "a.tar")[1:]), tmp_path / "src", tmp_path / "out")
         assert raw_members(tmp_path / "out" / "kept-000000.tar") == raw_members(source)[3:]
@@ -430,6 +445,35 @@ class TestRefusals:
     def test_prefix(self, tmp_path, prefix):
         with pytest.raises(UsageError, match="--prefix"):
             run(kept_rows(tmp_path, []), tmp_path, tmp_path / "out", prefix=prefix)
+
+
+class TestDisk:
+    def test_full_disk(self, tmp_path, monkeypatch):
+        source = make_tar(tmp_path / "src" / "a.tar", samples(6))
+        kept = kept_rows(tmp_path, all_rows(source, "a.tar"))
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(file_copy, "_ways", [full])
+            with pytest.raises(OutputError, match=r"can't write .*kept-000000.tar: No space left on device: free some"):
+                run(kept, tmp_path / "src", tmp_path / "out")
+        assert list((tmp_path / "out").glob("[!.]*")) == []
+        assert run(kept, tmp_path / "src", tmp_path / "out").samples == 6
+
+    def test_shard_that_shrinks_while_it_is_read(self, tmp_path, monkeypatch):
+        source = make_tar(tmp_path / "src" / "a.tar", [(f"{i}.jpg", b"." * 9000) for i in range(4)])
+        kept = kept_rows(tmp_path, all_rows(source, "a.tar")[2:])
+        in_kernel = file_copy._ways[0]
+
+        def shrink(source_file, target, start, count):
+            os.truncate(source, min(source.stat().st_size, start + 1000))
+            return in_kernel(source_file, target, start, count)
+
+        monkeypatch.setattr(file_copy, "_ways", [shrink])
+        with pytest.raises(TableError, match=r"kept samples? .*a.tar can't be copied: the shard was cut at byte"):
+            run(kept, tmp_path / "src", tmp_path / "out")
 
 
 class StoppedError(Exception):

@@ -7,6 +7,7 @@ soon as it is there under its name; beside it a record says how far it goes, and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -216,19 +217,18 @@ class _Job:
         while done is not None and sources and sources[0].shard.name != done.source:
             sources.pop(0)
         after = done.index if done else -1
-        writer = ShardWriter(
-            self._out,
-            self._options.prefix,
-            len(self._result.shards),
-            self._size,
-            record=self._record,
-            on_shard=on_shard,
-        )
-        with writer:
+
+        def finished(shard: Written) -> None:
+            self._record(shard)
+            on_shard(shard)
+
+        prefix, number = self._options.prefix, len(self._result.shards)
+        with ShardWriter(self._out, prefix, number, self._size, finished) as writer:
             for source in sources:
                 rows = self._rows(source)
-                for passage, copy in source.passages(after, stand_ins):
-                    writer.add(source, passage, copy, rows[passage.index] if rows is not None else None)
+                with contextlib.closing(source.passages(after, stand_ins, writer.drain)) as passages:
+                    for passage, carrier in passages:
+                        writer.add(source, passage, carrier, rows[passage.index] if rows is not None else None)
                 after = -1
 
     def _rows(self, source: Source) -> dict[int, dict[str, Any]] | None:

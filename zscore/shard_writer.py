@@ -1,7 +1,4 @@
-"""Fills output shards one after the other, and what is added to a sample.
-
-A full shard is synced and renamed by a thread while the next one is filled: half of the time goes to the disk.
-"""
+"""Fills output shards one after the other, and makes what is added to a sample."""
 
 from __future__ import annotations
 
@@ -10,24 +7,22 @@ import json
 import math
 import re
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from zscore.errors import TableError, UsageError
+from zscore.file_copy import write_all
+from zscore.lane import Lane
+from zscore.stores import ShardFault
 from zscore.tar import BLOCK
-from zscore.tar_copy import write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
     from types import TracebackType
 
     from zscore.sources import Source
     from zscore.store import Store
-    from zscore.tar_copy import Passage
-
-    Copy = Callable[[Passage, int], None]
+    from zscore.tar_copy import Carrier, Passage
 
 SCORES_SUFFIX = "zscore.json"
 # How the tar reader shows bytes of a name that aren't UTF-8.
@@ -81,38 +76,31 @@ class Written:
 class ShardWriter:
     """Writes PREFIX-000000.tar and so on; use as a context, which drops a shard that was begun if it ends in an error.
 
+    All writing is done by a thread, in order, so that the caller reads on meanwhile.
+
     Args:
         store: folder of the shards.
         prefix: of their names.
         number: of the first one.
         size: when one is full.
-        record: called in a thread with every shard once it is there under its name, before the next one is.
-        on_shard: called with it after that, in the caller's thread.
+        on_shard: called (in the thread) with every shard once it is there under its name.
     """
 
     def __init__(
-        self,
-        store: Store,
-        prefix: str,
-        number: int,
-        size: ShardSize,
-        *,
-        record: Callable[[Written], None],
-        on_shard: Callable[[Written], None],
+        self, store: Store, prefix: str, number: int, size: ShardSize, on_shard: Callable[[Written], None]
     ) -> None:
         self._store = store
         self._prefix = prefix
         self._number = number
         self._limit = size
-        self._record = record
         self._on_shard = on_shard
-        self._file = contextlib.ExitStack()
-        self._descriptor = -1
         self._samples = 0
         self._size = 0
         self._last: tuple[Source, Passage] | None = None
-        self._threads = ThreadPoolExecutor(1, "zscore-reshard")
-        self._closing: Future[Written] | None = None
+        self._lane = Lane("zscore-reshard")
+        # Only the thread touches these two.
+        self._file = contextlib.ExitStack()
+        self._descriptor = -1
 
     def __enter__(self) -> Self:
         """Nothing is open before the first sample."""
@@ -122,56 +110,68 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Finish the last shard, or drop it."""
-        with self._threads:
+        if kind is None:
+            self._end_shard()
+            self.drain()
+        self._lane.stop(drop=kind is not None)
+        failure = error or self._lane.error
+        if failure is not None:
+            # The store puts its own errors into words here.
+            self._file.__exit__(type(failure), failure, failure.__traceback__)
             if kind is None:
-                self._end_shard()
-                self._wait()
-            else:
-                self._file.__exit__(kind, error, trace)
+                raise failure
 
-    def add(self, source: Source, passage: Passage, copy: Copy, row: dict[str, Any] | None) -> None:
-        """Append a sample, in a new shard where the current one is full, and its scores if there is a `row`."""
+    def add(self, source: Source, passage: Passage, carrier: Carrier, row: dict[str, Any] | None) -> None:
+        """Append a sample, in a new shard where the current one is full, and its scores if there is a `row`.
+
+        The carrier must stay open until `drain`.
+        """
+        self._lane.check()
+        member = b"" if row is None else score_member(source, passage, row)
         # Readers take neighbours of one key for one sample; keys may repeat, so those don't become neighbours.
         follows_itself = self._last is not None and self._last[1].key == passage.key
         if self._samples and (follows_itself or self._limit.is_full(self._samples, self._size)):
             self._end_shard()
         if not self._samples:
-            self._descriptor = self._file.enter_context(self._store.write(self._name())).fileno()
-        copy(passage, self._descriptor)
-        self._size += passage.size
-        if row is not None:
-            member = score_member(source, passage, row)
-            write_all(self._descriptor, member)
-            self._size += len(member)
+            self._lane.do(self._open, shard_name(self._prefix, self._number))
+        self._lane.do(self._append, source, passage, carrier, member)
+        if not carrier.can_wait:
+            self.drain()
+            self._lane.check()
+        self._size += passage.size + len(member)
         self._samples += 1
         self._last = source, passage
 
-    def _name(self) -> str:
-        return shard_name(self._prefix, self._number)
+    def drain(self) -> None:
+        """Wait until everything is written that was added; what failed is raised by the next `add`, or at the end."""
+        self._lane.wait()
 
     def _end_shard(self) -> None:
         if self._last is None or not self._samples:
             return
         end = bytes(2 * BLOCK + -(self._size + 2 * BLOCK) % RECORD)
-        write_all(self._descriptor, end)
         source, passage = self._last
-        shard = Written(self._name(), self._samples, self._size + len(end), source.shard.name, passage.index)
-        self._wait()
-        self._closing = self._threads.submit(self._close, self._file, shard)
-        self._file = contextlib.ExitStack()
+        name = shard_name(self._prefix, self._number)
+        shard = Written(name, self._samples, self._size + len(end), source.shard.name, passage.index)
+        self._lane.do(self._close, shard, end)
         self._number += 1
         self._samples, self._size = 0, 0
 
-    def _close(self, file: contextlib.ExitStack, shard: Written) -> Written:
-        file.close()
-        self._record(shard)
-        return shard
+    def _open(self, name: str) -> None:
+        self._descriptor = self._file.enter_context(self._store.write(name)).fileno()
 
-    def _wait(self) -> None:
-        """Until the shard before is there; its errors are raised here."""
-        closing, self._closing = self._closing, None
-        if closing is not None:
-            self._on_shard(closing.result())
+    def _append(self, source: Source, passage: Passage, carrier: Carrier, member: bytes) -> None:
+        try:
+            carrier.copy(passage, self._descriptor)
+        except ShardFault as fault:
+            where = f"kept sample {passage.index} of {source.shard.name}"
+            raise TableError(f"{where} can't be copied: {fault.failure.error}") from fault
+        write_all(self._descriptor, member)
+
+    def _close(self, shard: Written, end: bytes) -> None:
+        write_all(self._descriptor, end)
+        self._file.close()
+        self._on_shard(shard)
 
 
 def shard_name(prefix: str, number: int) -> str:

@@ -6,6 +6,7 @@ common root, by the end of their paths.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,10 @@ from zscore.stores import ShardFault
 from zscore.tar_copy import Passages, open_carrier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from zscore.records import ShardRef
-    from zscore.tar_copy import Passage
+    from zscore.tar_copy import Carrier, Passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +34,27 @@ class Source:
     """Columns index and, if known, key, ascending."""
 
     def passages(
-        self, after: int, stand_ins: frozenset[str]
-    ) -> Iterator[tuple[Passage, Callable[[Passage, int], None]]]:
-        """The kept samples behind number `after`, each with what copies it; copy before the next is asked for.
+        self, after: int, stand_ins: frozenset[str], before_closing: Callable[[], None]
+    ) -> Generator[tuple[Passage, Carrier]]:
+        """The kept samples behind number `after`, each with the carrier that copies it.
+
+        Args:
+            after: -1 for all.
+            stand_ins: see `zscore.tar_copy.Passages`.
+            before_closing: called before the shard is closed, for copies that are still to be made.
 
         Raises:
             TableError: a kept sample isn't there, can't be read, or has another key than the row.
         """
-        wanted = [index for index in self.rows["index"].to_list() if index > after]
-        keys = (
-            dict(zip(self.rows["index"].to_list(), self.rows["key"].to_list(), strict=True))
-            if "key" in self.rows
-            else {}
-        )
+        indexes = self.rows["index"].to_list()
+        wanted = [index for index in indexes if index > after]
+        keys = dict(zip(indexes, self.rows["key"].to_list(), strict=True)) if "key" in self.rows else {}
         if not wanted:
             return
         left = len(wanted)
         try:
-            with open_carrier(self.shard.url) as carrier:
+            with open_carrier(self.shard.url) as carrier, contextlib.ExitStack() as stack:
+                stack.callback(before_closing)
                 passages = Passages(carrier, frozenset(wanted), stand_ins)
                 for passage in passages:
                     if keys.get(passage.index, passage.key) != passage.key:
@@ -58,7 +62,7 @@ class Source:
                             f"sample {passage.index} of {self.shard.name} is '{passage.key}', the kept rows say "
                             f"'{keys[passage.index]}': the shard isn't the one that was scored"
                         )
-                    yield passage, carrier.copy
+                    yield passage, carrier
                     left -= 1
                     if not left:
                         return

@@ -9,13 +9,15 @@ Samples are counted and keyed exactly as in `zscore.samples`, since a row names 
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
+import struct
 import tempfile
+import zlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from zscore.file_copy import CHUNK, copy_range, write_all
 from zscore.records import Status
 from zscore.samples import split_name
 from zscore.stores import ShardFault, is_remote
@@ -23,21 +25,20 @@ from zscore.streams import open_stream
 from zscore.tar import BLOCK, Kind, TarReader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Collection, Iterator
 
     from zscore.streams import Stream
 
-    Copy = Callable[[int, int, int, int], int]
+    Member = tuple[int, str, Kind]
 
 # Headers of small neighbours come with one read; a picture's header comes alone, so more would be read for nothing.
 WINDOW = 4096
-CHUNK = 1 << 20
 # A wanted sample of a stream waits here until it is whole.
 SPOOL_BYTES = 64 << 20
+# Name, size (without its last byte), checksum, type, first byte of the ustar prefix.
+_HEADER = struct.Struct("100s24x11s13x8sc188xc")
 GZIP_MAGIC = b"\x1f\x8b"
 _FILE, _SPARSE, _FOLDER = Kind.FILE, Kind.SPARSE, Kind.FOLDER
-# The file systems don't do it for these two files; another way does.
-_UNSUPPORTED = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EBADF})
 
 
 class Passage:
@@ -45,10 +46,10 @@ class Passage:
 
     __slots__ = ("index", "key", "spans", "suffixes")
 
-    def __init__(self, index: int, key: str) -> None:
+    def __init__(self, index: int, key: str, suffixes: set[str]) -> None:
         self.index = index
         self.key = key
-        self.suffixes: set[str] = set()
+        self.suffixes = suffixes
         self.spans: list[tuple[int, int]] = []
         """Of its members, headers included; neighbours are joined."""
 
@@ -65,8 +66,8 @@ class Passage:
         return sum(end - start for start, end in self.spans)
 
 
-class Carrier(Protocol):
-    """What the tar reader reads from."""
+class Reading(Protocol):
+    """What the tar reader reads from, and where its members begin."""
 
     first: int | None
     """Where the first read since it was set to None began: the first header block of a member."""
@@ -78,11 +79,24 @@ class Carrier(Protocol):
     def read(self, count: int) -> bytes:
         """The next `count` bytes, fewer only at the end."""
 
+    def read_buffered(self, gap: int, count: int) -> bytes:
+        """Like skipping `gap` and reading `count`, where both are at hand; else nothing, and nothing is passed."""
+
     def skip(self, count: int) -> int:
         """Pass over `count` bytes; returns how many there were."""
 
+
+class Carrier(Protocol):
+    """Walks through a shard, and passes on what is kept of it."""
+
+    can_wait: bool
+    """Whether a sample can still be copied when the walk has gone on."""
+
+    def members(self) -> Iterator[Member]:
+        """Start, name and kind of every member, and at last of a nameless one where the last one ends."""
+
     def keep(self) -> None:
-        """The member whose header was just read will be copied."""
+        """The member that was given last will be copied."""
 
     def copy(self, passage: Passage, target: int) -> None:
         """Append the bytes of a wanted sample to a file descriptor."""
@@ -90,6 +104,8 @@ class Carrier(Protocol):
 
 class Passages:
     """Iterates over the wanted samples of one shard.
+
+    Copy a sample before the next is asked for, unless the carrier `can_wait`.
 
     Args:
         carrier: of the shard.
@@ -108,67 +124,96 @@ class Passages:
         """Begun so far; all of the shard's at the end."""
 
     def __iter__(self) -> Iterator[Passage]:
-        """Yields each wanted sample once it is whole; copy it before the next is asked for."""
+        """Yields each wanted sample once it is whole."""
         carrier, wanted, stand_ins = self._carrier, self._wanted, self._stand_ins
-        tar = TarReader(carrier)  # type: ignore[arg-type]  # reads, skips and knows its position: all that it uses
+        key, suffixes = None, set[str]()
         run: Passage | None = None
         begun = -1
-        while True:
-            carrier.first = None
-            more = tar.advance()
-            start = carrier.position if carrier.first is None else carrier.first
+        for start, name, kind in carrier.members():
             if begun >= 0:
                 assert run is not None
                 run.add(begun, start)
                 begun = -1
-            if not more:
-                break
-            if (split := split_name(tar.name)) is None or (kind := tar.kind) is _FOLDER:
+            if kind is _FOLDER or (split := split_name(name)) is None:
                 continue
-            key, suffix = split
-            if kind is not _FILE and kind is not _SPARSE and suffix not in stand_ins:
+            if kind is not _FILE and kind is not _SPARSE and split[1] not in stand_ins:
                 continue
-            if run is None or key != run.key or suffix in run.suffixes:
-                if run is not None and run.index in wanted:
+            if split[0] != key or split[1] in suffixes:
+                if run is not None:
                     yield run
-                run = Passage(self.samples, key)
+                key, suffixes = split[0], set()
+                run = Passage(self.samples, key, suffixes) if self.samples in wanted else None
                 self.samples += 1
-            run.suffixes.add(suffix)
-            if run.index in wanted:
+            suffixes.add(split[1])
+            if run is not None:
                 carrier.keep()
                 begun = start
-        if run is not None and run.index in wanted:
+        if run is not None:
             yield run
 
 
+def read_members(carrier: Reading) -> Iterator[Member]:
+    """The members that a tar reader finds, from where the carrier stands to the end of the archive.
+
+    Raises:
+        ShardFault: the tar ends early, is damaged, or has a global header.
+    """
+    tar = TarReader(carrier)  # type: ignore[arg-type]  # reads, skips and knows its position: all that it uses
+    while True:
+        carrier.first = None
+        more = tar.advance()
+        start = carrier.position if carrier.first is None else carrier.first
+        if not more:
+            # The end of the last member; no sample has this name.
+            yield start, "", _FOLDER
+            return
+        yield start, tar.name, tar.kind
+
+
 class LocalCarrier:
-    """A tar on this machine."""
+    """A tar on this machine; everyday headers are read without the tar reader, in a third of its time."""
+
+    can_wait = True
 
     def __init__(self, descriptor: int) -> None:
         self.first: int | None = None
         self.position = 0
         self._descriptor = descriptor
         self._size = os.fstat(descriptor).st_size
-        self._window = b""
-        self._base = 0
+
+    def members(self) -> Iterator[Member]:
+        """See `Carrier`."""
+        descriptor, size, position = self._descriptor, self._size, 0
+        window, base = b"", 0
+        while True:
+            plain = _plain_member(window, position - base)
+            if plain is None and position + WINDOW > base + len(window):
+                window, base = os.pread(descriptor, WINDOW, position), position
+                plain = _plain_member(window, 0)
+            if plain is None or (end := base + plain[0]) > size:
+                # The end, a link, a long name, a cut, damage: the tar reader knows them all, from here on.
+                self.position = position
+                yield from read_members(self)
+                return
+            yield position, plain[1], _FILE
+            position = end
 
     def read(self, count: int) -> bytes:
-        """See `Carrier`."""
-        position = self.position
+        """See `Reading`."""
         if self.first is None:
-            self.first = position
-        at = position - self._base
-        data = self._window[at : at + count] if at >= 0 else b""
-        if len(data) < count:
-            self._window = os.pread(self._descriptor, max(count, WINDOW), position)
-            self._base = position
-            data = self._window[:count]
-        self.position = position + len(data)
+            self.first = self.position
+        data = os.pread(self._descriptor, count, self.position)
+        self.position += len(data)
         _refuse_global(data, self.position)
         return data
 
+    def read_buffered(self, gap: int, count: int) -> bytes:
+        """See `Reading`."""
+        del gap, count
+        return b""
+
     def skip(self, count: int) -> int:
-        """See `Carrier`."""
+        """See `Reading`."""
         passed = max(0, min(count, self._size - self.position))
         self.position += passed
         return passed
@@ -182,8 +227,49 @@ class LocalCarrier:
             copy_range(self._descriptor, target, start, end - start)
 
 
+def _plain_member(window: bytes, at: int) -> tuple[int, str] | None:
+    """End (in the window's offsets) and name of a member with an everyday header; None for anything else.
+
+    Everyday: a file by ustar or GNU tar with a short name, perhaps behind a pax header that says neither its name nor
+    its size, as tarfile (and so webdataset) writes one for times with fractions.
+    """
+    if at + BLOCK > len(window):
+        return None
+    name, size, checksum, kind, prefix = _HEADER.unpack_from(window, at)
+    if not size.isdigit() or zlib.adler32(window[at : at + BLOCK]) & 0xFFFF != _SUMS[checksum]:
+        return None
+    length = int(size, 8)
+    end = at + BLOCK + length + -length % BLOCK
+    if kind == b"x":
+        said = window[at + BLOCK : end]
+        is_plain = len(said) == end - at - BLOCK and not any(word in said for word in (b"path=", b"size=", b"GNU."))
+        return _plain_member(window, end) if is_plain else None
+    if kind != b"0" or prefix != b"\0":
+        return None
+    return end, name.partition(b"\0")[0].decode("utf-8", "backslashreplace")
+
+
+class _Sums(dict[bytes, int]):
+    """Low half of a header's Adler-32 (1 plus the sum of its bytes, modulo 65521) by its checksum field.
+
+    The field holds that sum with itself counted as blanks; -1, which no header has, where it isn't written as usual.
+    """
+
+    def __missing__(self, field: bytes) -> int:
+        usual = field[:6].isdigit() and field[6] == 0
+        self[field] = value = (int(field[:6], 8) - 8 * 32 + sum(field) + 1) % 65521 if usual else -1
+        if len(self) > 1 << 16:
+            self.clear()
+        return value
+
+
+_SUMS = _Sums()
+
+
 class StreamCarrier:
     """A tar that can only be read forward."""
+
+    can_wait = False
 
     def __init__(self, stream: Stream) -> None:
         self.first: int | None = None
@@ -192,13 +278,17 @@ class StreamCarrier:
         self._header: list[bytes] = []
         self._aside = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES, prefix="zscore-")  # noqa: SIM115
 
+    def members(self) -> Iterator[Member]:
+        """See `Carrier`."""
+        return read_members(self)
+
     @property
     def position(self) -> int:
-        """See `Carrier`."""
+        """See `Reading`."""
         return self._stream.position
 
     def read(self, count: int) -> bytes:
-        """See `Carrier`."""
+        """See `Reading`."""
         if self.first is None:
             self.first = self._stream.position
             self._kept = False
@@ -208,8 +298,15 @@ class StreamCarrier:
         _refuse_global(data, self._stream.position)
         return data
 
+    def read_buffered(self, gap: int, count: int) -> bytes:
+        """See `Reading`."""
+        del gap, count
+        return b""
+
     def skip(self, count: int) -> int:
-        """See `Carrier`."""
+        """See `Reading`."""
+        if self.first is not None:
+            return len(self.read(count))  # padding between a member's own headers
         if not self._kept:
             return self._stream.skip(count)
         left = count
@@ -276,47 +373,3 @@ def _refuse_global(data: bytes, position: int) -> None:
     if len(data) >= BLOCK and data[-356] == 0x67 and data[-255:-250] == b"ustar":  # type g, magic
         text = f"a global pax header at byte {position - BLOCK} holds for all samples behind it: pack the shard again"
         raise ShardFault(Status.BAD_SHARD, text)
-
-
-def write_all(target: int, data: bytes) -> None:
-    """Write all of `data`, whatever a single call takes."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(target, view) :]
-
-
-def _in_kernel(source: int, target: int, start: int, count: int) -> int:
-    return os.copy_file_range(source, target, count, start)
-
-
-def _sendfile(source: int, target: int, start: int, count: int) -> int:
-    return os.sendfile(target, source, start, count)
-
-
-def _by_hand(source: int, target: int, start: int, count: int) -> int:
-    data = os.pread(source, min(count, CHUNK), start)
-    write_all(target, data)
-    return len(data)
-
-
-_ways: list[Copy] = [*([_in_kernel] if hasattr(os, "copy_file_range") else []), _sendfile, _by_hand]
-
-
-def copy_range(source: int, target: int, start: int, count: int) -> None:
-    """Append `count` bytes from `start` of one file to another, in the kernel where it can.
-
-    Raises:
-        ShardFault: the source ends before.
-    """
-    end = start + count
-    for way in _ways:
-        try:
-            while start < end and (moved := way(source, target, start, end - start)):
-                start += moved
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED or way is _ways[-1]:
-                raise
-            continue
-        break
-    if start < end:
-        raise ShardFault(Status.TRUNCATED_SHARD, f"the shard was cut at byte {start} while it was read")
