@@ -243,6 +243,7 @@ def test_errors_with_evil_names_stay_one_line(tmp_path):
 def test_too_many_samples(tmp_path):
     rows = read(b"".join(pair(str(i)) for i in range(5)) + END, tmp_path, max_samples=3)
     assert statuses(rows) == ["ok", "ok", "ok", "bad_shard"]
+    assert keys(rows) == ["0", "1", "2", ""]
     assert "max_samples" in rows[-1].failure.error
 
 

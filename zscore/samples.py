@@ -256,6 +256,7 @@ def _runs(tar: TarReader, plan: _Plan, *, load: bool) -> Iterator[_Run]:
             if run is None or key != run.key or suffix in run.suffixes:
                 if run is not None:
                     yield run
+                    run = None
                     done += 1
                 run = _begin(key, done, options)
             run.add(tar, suffix, plan, load=load)

@@ -52,6 +52,15 @@ class Stream:
             count = max(0, min(count, self.size - self.position))
         return self._read_past_window(count)
 
+    def read_buffered(self, gap: int, count: int) -> bytes:
+        """Passes `gap` bytes and returns the next `count` if the window holds them all; else does nothing."""
+        start = self._at + gap
+        end = start + count
+        if end > len(self._window):
+            return b""
+        self._at = end
+        return self._window[start:end]
+
     def skip(self, count: int) -> int:
         """Passes over `count` bytes and returns how many there were."""
         start = self.position

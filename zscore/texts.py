@@ -23,6 +23,7 @@ GZIP_SUFFIX = ".gz"
 """What webdataset inflates on its own: `a.txt.gz` stands in for `a.txt`."""
 _JSON = "json"
 _GROUP_DIGITS = 16
+_JSON_BLANKS = " \t\r\n"
 _DECODER = json.JSONDecoder()
 
 
@@ -173,10 +174,13 @@ class Texts:
 
 
 def _parse_object(text: str, suffix: str) -> dict[str, Any]:
+    text = text.strip(_JSON_BLANKS)
     try:
-        value = _DECODER.decode(text)
+        value, end = _DECODER.raw_decode(text)  # json.loads looks for blanks with regular expressions, at half the time
     except (ValueError, RecursionError) as error:
         raise TextFault(Status.BAD_TEXT, f".{suffix} isn't JSON: {' '.join(str(error).split())[:120]}") from None
+    if end < len(text):
+        raise TextFault(Status.BAD_TEXT, f".{suffix} isn't one JSON object: something follows at character {end}")
     if not isinstance(value, dict):
         raise TextFault(Status.BAD_TEXT, f".{suffix} is {_type_name(value)} and not a JSON object")
     return value
