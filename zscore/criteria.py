@@ -144,12 +144,12 @@ def _probabilities(scores: Scores, options: FilterOptions) -> list[Criterion]:
         scores.require(column)
         if not scores.values:
             raise TableError(f"--prob {wanted}: the files' rubrics have different levels; filter them one by one")
-        share = pl.sum_horizontal(level(scores, column, k).cast(pl.Float64) for k in wanted.levels(scores.values))
         if not wanted.levels(scores.values):
             raise UsageError(
                 f"--prob {wanted}: no level is {wanted.comparison} {wanted.value:g};"
                 f" they go from {scores.values[0]:g} to {scores.values[-1]:g}"
             )
+        share = pl.sum_horizontal(level(scores, column, k).cast(pl.Float64) for k in wanted.levels(scores.values))
         passes = (share.is_finite() & (share >= wanted.minimum - SLACK)).fill_null(value=False)
         found.append(Criterion(f"prob:{wanted.dimension}", passes, (wanted.dimension,)))
     return found
@@ -172,7 +172,7 @@ def _where(scores: Scores, frame: pl.LazyFrame, text: str) -> pl.Expr:
         condition = pl.sql_expr(text)
         for name in condition.meta.root_names():
             known(name, list(scores.schema), f"--where '{text}'", "column")
-        kind = frame.select(condition).collect_schema().dtypes()[0]
+        kind = frame.head(0).select(condition).collect().dtypes[0]  # some errors show only when it runs
     except pl.exceptions.PolarsError as error:
         raise UsageError(f"--where '{text}': {str(error).splitlines()[0]}") from error
     if kind != pl.Boolean:

@@ -1,0 +1,635 @@
+"""`zscore filter` against a plain Python filter that looks at one row after the other."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.scores_factory import (
+    metadata_in,
+    metadata_of,
+    random_rows,
+    read_rows,
+    rewrite,
+    row,
+    two,
+    write_parts,
+    write_scores,
+    z_reward,
+    zscore,
+)
+from zscore.calibration import Calibration, Fit, Reference, apply_calibration, select_confident, write_calibration
+from zscore.criteria import FilterOptions
+from zscore.errors import TableError, UsageError
+from zscore.expressions import parse_bounds, parse_probability
+from zscore.filters import FilterTargets, decide, filter_scores
+from zscore.tables import Scores, open_scores
+
+# Few distinct values, so that ties are common; NaN now and then.
+means = st.sampled_from([1.0, 2.5, 3.0, 3.7, 4.0, math.nan])
+SHARDS = ("s-1.tar", "s-0.tar", "s-2.tar")
+
+
+@st.composite
+def tables(draw, largest: int = 16):
+    made = []
+    for number in range(draw(st.integers(0, largest))):
+        weights = draw(st.lists(st.integers(0, 3), min_size=6, max_size=6))
+        weights[0] += not any(weights[:3])
+        weights[3] += not any(weights[3:])
+        probs = np.array(weights, dtype=float).reshape(2, 3)
+        made.append(
+            row(
+                number,
+                probs=probs / probs.sum(axis=1, keepdims=True),
+                rubric=two(),
+                shard=draw(st.sampled_from(SHARDS)),
+                index=draw(st.integers(0, 5)),
+                sha256=f"{draw(st.integers(0, 8)):064x}",
+                width=draw(st.sampled_from([64, 512, None])),
+                status=draw(st.sampled_from(["ok"] * 6 + ["bad_image", "missing_prompt"])),
+            )
+        )
+        if draw(st.integers(0, 9)) == 0 and made[-1].scores is not None:
+            made[-1].scores.mean_D[draw(st.integers(0, 1))] = math.nan
+    return made
+
+
+@st.composite
+def criteria(draw):
+    found = {
+        "minimum": draw(
+            st.dictionaries(st.sampled_from(["overall", "left", "right"]), st.sampled_from([1.5, 2.0]), max_size=2)
+        ),
+        "maximum": draw(st.dictionaries(st.sampled_from(["overall", "left"]), st.sampled_from([2.5, 3.0]), max_size=1)),
+        "max_std": draw(
+            st.dictionaries(st.sampled_from(["overall", "right"]), st.sampled_from([0.5, 1.2]), max_size=1)
+        ),
+        "prob": tuple(
+            parse_probability(text)
+            for text in draw(st.lists(st.sampled_from(["left>=2:0.5", "right<4:1", "left>1:0.25"]), max_size=2))
+        ),
+        "where": draw(st.sampled_from([None, None, "width >= 512", "key != 'k00003' AND overall > 1.2"])),
+        "dedupe": draw(st.booleans()),
+        "fraction": draw(st.sampled_from([None, 0.01, 0.3, 0.5, 1.0])),
+        "score": draw(st.sampled_from(["overall", "left", "min(left, right)"])),
+    }
+    return FilterOptions(**found)
+
+
+RANKED = {
+    "overall": lambda made: made["overall"],
+    "left": lambda made: made["left"],
+    "min(left, right)": lambda made: min(made["left"], made["right"]),
+}
+WHERE = {
+    None: lambda made: True,
+    "width >= 512": lambda made: made["width"] is not None and made["width"] >= 512,
+    "key != 'k00003' AND overall > 1.2": lambda made: made["key"] != "k00003" and made["overall"] > np.float32(1.2),
+}
+NAMES = ["left", "right"]
+HOLDS = {">=": lambda a, b: a >= b, "<": lambda a, b: a < b, ">": lambda a, b: a > b}
+
+
+def naive_reason(made, options: FilterOptions) -> str | None:
+    """Why one row is dropped when nothing but itself counts."""
+    if made["status"] != "ok":
+        return made["status"]
+    stds = [(n, bound) for key, bound in options.max_std.items() for n in (NAMES if key == "overall" else [key])]
+    read = [*options.minimum, *options.maximum, *(f"{name}_std" for name, _ in stds)]
+    read += [wanted.dimension for wanted in options.prob]
+    if options.fraction is not None:
+        read += {"min(left, right)": NAMES}.get(options.score, [options.score])
+    if not all(math.isfinite(made[name]) for name in read or ["overall"]):
+        return "nonfinite_score"
+    checks = [(f"min:{name}", made[name] >= np.float32(bound)) for name, bound in options.minimum.items()]
+    checks += [(f"max:{name}", made[name] <= np.float32(bound)) for name, bound in options.maximum.items()]
+    for wanted in options.prob:
+        levels = zip(made[f"{wanted.dimension}_probs"], (1, 2, 4), strict=True)
+        share = sum(p for p, value in levels if HOLDS[wanted.comparison](value, wanted.value))
+        checks.append((f"prob:{wanted.dimension}", share >= wanted.minimum - 1e-6))
+    checks += [(f"max_std:{name}", made[f"{name}_std"] <= np.float32(bound)) for name, bound in stds]
+    checks.append(("where", WHERE[options.where](made)))
+    return next((reason for reason, passed in checks if not passed), None)
+
+
+def naive_reasons(rows, options: FilterOptions) -> list[str | None]:
+    """None where a row is kept."""
+    reasons = [naive_reason(made, options) for made in rows]
+    if options.dedupe:
+        seen = set()
+        for number, made in enumerate(rows):
+            if reasons[number] is None:
+                if made["sha256"] in seen:
+                    reasons[number] = "duplicate"
+                seen.add(made["sha256"])
+    if options.fraction is not None:
+        left = [number for number, reason in enumerate(reasons) if reason is None]
+        score = RANKED[options.score]
+        left.sort(key=lambda number: (-score(rows[number]), rows[number]["shard"], rows[number]["index"], number))
+        wanted = int((Decimal(str(options.fraction)) * len(left)).to_integral_value(ROUND_HALF_UP))
+        for number in left[wanted:]:
+            reasons[number] = "fraction"
+    return reasons
+
+
+def opened(path: Path) -> Scores:
+    return open_scores(str(path))
+
+
+def run(path: Path, options: FilterOptions, **targets):
+    kept = path.parent / "kept.parquet"
+    summary = filter_scores(opened(path), options, FilterTargets(kept=str(kept), **targets), dry_run=False)
+    return summary, read_rows(kept)
+
+
+def kept_keys(path: Path, **options) -> list[str]:
+    return [made["key"] for made in run(path, FilterOptions(**options))[1]]
+
+
+class TestAgainstPlainPython:
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(tables(), criteria())
+    def test_every_row_has_the_same_fate(self, tmp_path: Path, made, options: FilterOptions) -> None:
+        path = write_scores(tmp_path / "scores.parquet", made, two())
+        rows = read_rows(path)
+        expected = naive_reasons(rows, options)
+        summary, kept = run(path, options, dropped=str(tmp_path / "dropped.parquet"))
+        assert [one["key"] for one in kept] == [
+            one["key"] for one, reason in zip(rows, expected, strict=True) if reason is None
+        ]
+        dropped = read_rows(tmp_path / "dropped.parquet")
+        assert [(one["key"], one["reason"]) for one in dropped] == [
+            (one["key"], reason) for one, reason in zip(rows, expected, strict=True) if reason is not None
+        ]
+        assert (summary.rows, summary.kept) == (len(rows), len(kept))
+        assert summary.dropped == Counter(reason for reason in expected if reason is not None)
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(tables(), criteria())
+    def test_many_files_say_what_one_says(self, tmp_path: Path, made, options: FilterOptions) -> None:
+        # Parts are read in shard order, so the one file gets that order too.
+        made = sorted(made, key=lambda one: one.shard)
+        if not made:
+            return
+        folder = tmp_path / "parts"
+        for old in folder.glob("*.parquet"):
+            old.unlink()
+        write_parts(folder, made, two())
+        path = write_scores(tmp_path / "scores.parquet", made, two())
+        one, parts = (decide(opened(source), options) for source in (path, folder))
+        assert one.code_N.tolist() == parts.code_N.tolist()
+        assert one.dropped == parts.dropped
+
+    def test_both_ways_of_copying_keep_the_same_rows(self, tmp_path: Path) -> None:
+        path = write_scores(tmp_path / "scores.parquet", random_rows(rows=3000, groups=50), z_reward())
+        quick = FilterOptions(minimum={"overall": 3.0}, prob=(parse_probability("alignment>=3:0.5"),))
+        decision = decide(opened(path), quick)
+        assert decision.predicate is not None
+        slow = FilterOptions(minimum={"overall": 3.0}, prob=quick.prob, where="true")
+        assert decide(opened(path), slow).predicate is None
+        assert run(path, quick)[1] == run(path, slow)[1]
+
+
+class TestBounds:
+    def test_a_score_that_equals_the_bound_is_kept(self, tmp_path: Path) -> None:
+        # As float32 4.1 is below the float64 4.1, and 3.7 above it.
+        for bound in (3.7, 4.1):
+            path = write_scores(tmp_path / "scores.parquet", [row(0, means=bound)])
+            assert kept_keys(path, minimum={"alignment": bound}) == ["k00000"]
+            assert kept_keys(path, maximum={"alignment": bound}) == ["k00000"]
+
+    def test_a_share_of_one_can_be_asked_for(self, tmp_path: Path) -> None:
+        thirds = np.full((4, 9), 1 / 9)
+        path = write_scores(tmp_path / "scores.parquet", [row(0, probs=thirds)])
+        assert kept_keys(path, prob=(parse_probability("alignment>=1:1"),)) == ["k00000"]
+        assert kept_keys(path, prob=(parse_probability("alignment>1:1"),)) == []
+
+    def test_lists_of_any_length_are_read_too(self, tmp_path: Path) -> None:
+        table = pq.read_table(write_scores(tmp_path / "s.parquet", random_rows(rows=40)))
+        place = table.schema.get_field_index("alignment_probs")
+        loose = table.set_column(place, "alignment_probs", table["alignment_probs"].cast(pa.list_(pa.float32())))
+        path = rewrite(loose, tmp_path / "loose.parquet")
+        wanted = (parse_probability("alignment>=3:0.5"),)
+        assert isinstance(opened(path).schema["alignment_probs"], pl.List)
+        assert kept_keys(path, prob=wanted) == kept_keys(tmp_path / "s.parquet", prob=wanted) != []
+
+    def test_a_missing_or_broken_distribution_has_no_share(self, tmp_path: Path) -> None:
+        made = [row(0, means=5), row(1, means=5)]
+        assert made[0].scores is not None
+        made[0].scores.probs_DK[:] = math.nan
+        path = write_scores(tmp_path / "s.parquet", made)
+        assert kept_keys(path, prob=(parse_probability("alignment>=4:0.5"),)) == ["k00001"]
+
+    def test_infinity_is_no_score(self, tmp_path: Path) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row(0, means=math.inf), row(1, means=5)])
+        summary, kept = run(path, FilterOptions(minimum={"overall": 2}))
+        assert summary.dropped == {"nonfinite_score": 1}
+        assert len(kept) == 1
+
+    def test_nan_in_a_score_that_nobody_reads_does_no_harm(self, tmp_path: Path) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row(0, means=[4, math.nan, 4, 4])])
+        assert kept_keys(path, minimum={"alignment": 3}) == ["k00000"]
+        assert kept_keys(path, minimum={"realism": 3}) == []
+        assert kept_keys(path) == []  # overall is NaN as well
+
+    def test_parsing(self) -> None:
+        assert parse_bounds(["4.0", "realism=3.5"], "--min") == {"overall": 4.0, "realism": 3.5}
+        assert parse_bounds(["overall = -1e0"], "--min") == {"overall": -1.0}
+        wanted = parse_probability(" realism < 2.5 : 0.3 ")
+        assert (wanted.dimension, wanted.comparison, wanted.value, wanted.minimum) == ("realism", "<", 2.5, 0.3)
+        assert wanted.levels((1, 2, 2.5, 3)) == [0, 1]
+        assert str(wanted) == "realism<2.5:0.3"
+
+    @pytest.mark.parametrize(
+        ("texts", "said"),
+        [
+            (["four"], "--min four: 'four' isn't a number"),
+            (["realism="], "--min realism=: '' isn't a number"),
+            (["nan"], "--min nan: nan isn't a finite number"),
+            (["inf"], "isn't a finite number"),
+            (["3", "overall=4"], "--min is given twice for overall: 3 and 4"),
+        ],
+    )
+    def test_bounds_that_can_not_be_read(self, texts: list[str], said: str) -> None:
+        with pytest.raises(UsageError, match=said):
+            parse_bounds(texts, "--min")
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("alignment>=4", "write DIMENSION>=VALUE:PROBABILITY, like alignment>=4:0.8"),
+            ("alignment=4:0.8", "write DIMENSION>=VALUE"),
+            ("alignment>=x:0.8", "'x' isn't a number"),
+            ("alignment>=4:nan", "isn't a finite number"),
+            ("alignment>=4:1.5", "the probability 1.5 must be above 0 and at most 1"),
+            ("alignment>=4:0", "must be above 0"),
+            ("overall>=4:0.8", "overall has no distribution of its own; name a dimension"),
+        ],
+    )
+    def test_probabilities_that_can_not_be_read(self, text: str, said: str) -> None:
+        with pytest.raises(UsageError, match=said):
+            parse_probability(text)
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"minimum": {"realsim": 3}}, "--min: there is no dimension 'realsim': did you mean 'realism'?"),
+            ({"maximum": {"overal": 3}}, "--max: there is no dimension 'overal': did you mean 'overall'?"),
+            ({"max_std": {"aesthetic": 3}}, "--max-std: there is no dimension 'aesthetic': did you mean 'aesthetics'?"),
+            (
+                {"prob": (parse_probability("algnment>4:1"),)},
+                "--prob: there is no dimension 'algnment': did you mean 'al",
+            ),
+            ({"prob": (parse_probability("alignment>5:1"),)}, "no level is > 5; they go from 1 to 5"),
+            ({"fraction": 0.0}, "--fraction 0: give a share above 0 and at most 1, like 0.3"),
+            ({"fraction": 1.1}, "--fraction 1.1: give a share"),
+            ({"fraction": math.nan}, "--fraction nan: give a share"),
+            (
+                {"fraction": 0.5, "score": "realsm"},
+                "--score 'realsm': there is no dimension 'realsm': did you mean 'rea",
+            ),
+            ({"confidence": 0.9}, "--confidence needs --calibration"),
+        ],
+    )
+    def test_options_that_can_not_hold(self, tmp_path: Path, options, said: str) -> None:
+        scores = opened(write_scores(tmp_path / "s.parquet", [row()]))
+        with pytest.raises(UsageError) as raised:
+            decide(scores, FilterOptions(**options))
+        assert said in str(raised.value)
+
+    def test_a_column_that_was_left_out(self, tmp_path: Path) -> None:
+        table = pq.read_table(write_scores(tmp_path / "s.parquet", [row()])).drop_columns(["alignment_probs", "sha256"])
+        scores = opened(rewrite(table, tmp_path / "less.parquet"))
+        for options in ({"prob": (parse_probability("alignment>4:1"),)}, {"dedupe": True}):
+            with pytest.raises(TableError, match=r"less\.parquet has no column"):
+                decide(scores, FilterOptions(**options))
+
+    def test_levels_that_differ_have_no_common_probability(self, tmp_path: Path) -> None:
+        metadata = metadata_of([], two())
+        metadata["rubric"] |= {"hash": "another", "levels": [{"token": "1", "value": 1.0}]}
+        one = write_scores(tmp_path / "one.parquet", [row(0, rubric=two())], two())
+        other = rewrite(pq.read_table(one), tmp_path / "other.parquet", metadata)
+        scores = open_scores(str(one), str(other), allow_mixed=True)
+        with pytest.raises(TableError, match="different levels"):
+            decide(scores, FilterOptions(prob=(parse_probability("left>=2:0.5"),)))
+        assert decide(scores, FilterOptions(minimum={"left": 2})).kept == 2
+
+
+class TestWhere:
+    @pytest.fixture
+    def scores(self, tmp_path: Path) -> Scores:
+        made = [row(n, means=1 + n, width=None if n == 3 else 100 * n, error=None) for n in range(5)]
+        return opened(write_scores(tmp_path / "s.parquet", made))
+
+    @pytest.mark.parametrize(
+        ("text", "kept"),
+        [
+            ("width >= 200", [2, 4]),
+            ("width >= 200 OR width IS NULL", [2, 3, 4]),
+            ("key LIKE 'k0000%' AND index IN (0, 4)", [0, 4]),
+            ("overall > AVG(overall)", [3, 4]),
+            ("shard = 's-0000.tar' AND status = 'ok'", [0, 1, 2, 3, 4]),
+            ("NULL > 1", []),
+        ],
+    )
+    def test_sql(self, scores: Scores, text: str, kept: list[int]) -> None:
+        code_N = decide(scores, FilterOptions(where=text)).code_N
+        assert np.flatnonzero(code_N == 0).tolist() == kept
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("widht > 3", "there is no column 'widht': did you mean 'width'?"),
+            ("width >", "--where 'width >': "),
+            ("width + 1", "is a Int32, not a condition"),
+            ("key > 3", "--where 'key > 3': "),
+            ("", "--where '': "),
+        ],
+    )
+    def test_what_is_no_condition(self, scores: Scores, text: str, said: str) -> None:
+        with pytest.raises(UsageError) as raised:
+            decide(scores, FilterOptions(where=text))
+        assert said in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+class TestFraction:
+    @pytest.mark.parametrize(
+        ("rows", "fraction", "kept"), [(10, 0.3, 3), (10, 0.25, 3), (7, 0.5, 4), (1, 0.3, 0), (29, 0.1, 3)]
+    )
+    def test_the_count_is_exact_whatever_the_ties(self, tmp_path: Path, rows: int, fraction: float, kept: int) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row(n, means=3) for n in range(rows)])
+        assert len(kept_keys(path, fraction=fraction)) == kept
+
+    def test_ties_go_by_shard_and_index_not_by_row(self, tmp_path: Path) -> None:
+        places = [("b", 1), ("a", 7), ("b", 0), ("a", 3)]
+        path = write_scores(
+            tmp_path / "s.parquet", [row(n, shard=s, index=i, key=f"{s}{i}") for n, (s, i) in enumerate(places)]
+        )
+        assert kept_keys(path, fraction=0.25) == ["a3"]
+        assert kept_keys(path, fraction=0.5) == ["a7", "a3"]
+        assert kept_keys(path, fraction=0.75) == ["a7", "b0", "a3"]
+
+    def test_it_is_a_share_of_what_passes_everything_else(self, tmp_path: Path) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row(n, means=1 + n % 4) for n in range(20)])
+        assert len(kept_keys(path, minimum={"overall": 3}, fraction=0.5)) == 5
+
+
+class TestDedupe:
+    def test_the_first_that_passes_is_kept(self, tmp_path: Path) -> None:
+        same = {"sha256": "ab" * 32}
+        made = [row(0, means=2, **same), row(1, means=4, **same), row(2, means=5, **same), row(3, means=5)]
+        path = write_scores(tmp_path / "s.parquet", made)
+        assert kept_keys(path, minimum={"overall": 3}, dedupe=True) == ["k00001", "k00003"]
+        assert kept_keys(path, dedupe=True) == ["k00000", "k00003"]
+
+    def test_equal_hashes_are_compared_in_full(self, tmp_path: Path) -> None:
+        from zscore.filters import _duplicates
+
+        made = [row(n, sha256=f"{n % 3:064x}") for n in range(7)]
+        scores = opened(write_scores(tmp_path / "s.parquet", made))
+        collided = pl.Series([0, 0, 2, 0, 0, 2, 0], dtype=pl.UInt64)  # two pictures, one hash
+        passing = np.array([True, True, False, True, True, True, True])
+        assert np.flatnonzero(_duplicates(scores, collided, passing)).tolist() == [3, 4, 6]
+
+    def test_rows_without_a_hash_are_nobodys_copies(self, tmp_path: Path) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row(n, sha256=None) for n in range(3)])
+        assert len(kept_keys(path, dedupe=True)) == 3
+
+
+def datacomp_keeps(subset: np.ndarray, uid: str) -> bool:
+    """How DataComp's tools look a sample up in a subset file."""
+    wanted = np.array([divmod(int(uid, 16), 2**64)], np.dtype("u8,u8"))[0]
+    return bool(np.searchsorted(subset, wanted, "right") - np.searchsorted(subset, wanted, "left") == 1)
+
+
+class TestUids:
+    def test_datacomp_finds_what_is_kept_and_nothing_else(self, tmp_path: Path) -> None:
+        path = write_scores(tmp_path / "s.parquet", random_rows(rows=300))
+        _, kept = run(path, FilterOptions(minimum={"overall": 3}), npy=str(tmp_path / "kept.npy"))
+        subset = np.load(tmp_path / "kept.npy", mmap_mode="r", allow_pickle=False)
+        assert subset.dtype == np.dtype("u8,u8")
+        assert [tuple(pair) for pair in subset] == sorted({tuple(pair) for pair in subset.tolist()})
+        kept_pictures = {made["sha256"] for made in kept}
+        assert 0 < len(subset) == len(kept_pictures) < len(kept)
+        for made in read_rows(path):
+            assert datacomp_keeps(subset, made["sha256"][:32]) == (made["sha256"] in kept_pictures)
+
+    def test_a_uid_column_wins(self, tmp_path: Path) -> None:
+        uids = ["f" * 32, "0" * 31 + "1"]
+        path = write_scores(tmp_path / "s.parquet", [row(0), row(1)], extra={"uid": uids})
+        run(path, FilterOptions(), npy=str(tmp_path / "kept.npy"))
+        assert np.load(tmp_path / "kept.npy").tolist() == [(0, 1), (2**64 - 1, 2**64 - 1)]
+
+    @pytest.mark.parametrize("uid", ["xyz", "g" * 32, "0" * 31, "0" * 33, None])
+    def test_what_is_no_uid(self, tmp_path: Path, uid) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row(0), row(1)], extra={"uid": ["0" * 32, uid]})
+        with pytest.raises(TableError, match="--npy: 1 kept rows haven't 32 hexadecimal digits in 'uid'"):
+            run(path, FilterOptions(), npy=str(tmp_path / "kept.npy"))
+        assert sorted(one.name for one in tmp_path.iterdir()) == ["s.parquet"]
+
+    def test_nothing_kept_is_an_empty_array(self, tmp_path: Path) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row()])
+        run(path, FilterOptions(minimum={"overall": 5}), npy=str(tmp_path / "kept.npy"))
+        assert np.load(tmp_path / "kept.npy").shape == (0,)
+
+
+class TestCalibrated:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        means = np.random.default_rng(3).uniform(1.5, 4.5, (200, 4))
+        return write_scores(tmp_path / "s.parquet", [row(n, means=means[n]) for n in range(200)])
+
+    @pytest.fixture
+    def calibration(self) -> Calibration:
+        random = np.random.default_rng(0)
+        score = np.sort(random.uniform(2, 4, 60))
+        human = np.clip(score + random.normal(0, 0.1, 60), 1, 5)
+        return Calibration(
+            values=z_reward().values,
+            dimensions=z_reward().names,
+            fits={"alignment": Fit(temperature=0.5, shift=0.8)},
+            references={"overall": Reference(tuple(score.tolist()), tuple(human.tolist()))},
+            provenance={"rubric": {"hash": z_reward().hash}, "model": {"id": "made-up", "weights": "0" * 64}},
+        )
+
+    def test_calibrated_scores_decide_and_the_old_ones_are_written(self, path: Path, calibration: Calibration) -> None:
+        frame = apply_calibration(pl.read_parquet(path), calibration)
+        ok = frame["status"].cast(pl.String) == "ok"
+        expected = frame.filter(ok & (frame["alignment"] >= np.float32(3.4)))["key"].to_list()
+        options = FilterOptions(minimum={"alignment": 3.4}, calibration=calibration)
+        summary, kept = run(path, options)
+        assert [made["key"] for made in kept] == expected
+        before = {made["key"]: made for made in read_rows(path)}
+        assert all(made == before[made["key"]] for made in kept)
+        assert expected != kept_keys(path, minimum={"alignment": 3.4})
+        assert summary.kept == len(expected)
+
+    def test_confidence_raises_the_bound(self, path: Path, calibration: Calibration) -> None:
+        frame = apply_calibration(pl.read_parquet(path), calibration).filter(pl.col("status") == "ok")
+        mask = select_confident(frame["overall"], calibration, 3.1, 0.8)
+        options = FilterOptions(minimum={"overall": 3.1}, calibration=calibration, confidence=0.8)
+        summary, kept = run(path, options)
+        assert [made["key"] for made in kept] == frame.filter(mask)["key"].to_list() != []
+        assert summary.dropped["confidence:overall"] == (~mask).sum()
+        with pytest.raises(UsageError, match="--confidence needs --min"):
+            decide(opened(path), FilterOptions(calibration=calibration, confidence=0.8))
+
+    def test_a_calibration_of_another_model_is_refused(self, tmp_path: Path, calibration: Calibration) -> None:
+        path = write_scores(tmp_path / "o.parquet", [row()], model={"id": "other", "weights": "1"})
+        with pytest.raises(TableError, match="calibrate anew"):
+            decide(opened(path), FilterOptions(calibration=calibration))
+
+    def test_from_the_command_line(self, path: Path, calibration: Calibration, tmp_path: Path, capsys) -> None:
+        write_calibration(calibration, str(tmp_path / "c.json"))
+        out = tmp_path / "kept.parquet"
+        call = ["filter", path, "--calibration", tmp_path / "c.json", "--min", 3.1, "--confidence", 0.8, "--out", out]
+        assert zscore(*call) == 0
+        assert "confidence:overall" in capsys.readouterr().out
+        step = metadata_in(out)["derived"][0]
+        assert step["criteria"] == {"min": {"overall": 3.1}, "confidence": 0.8, "calibrated": True}
+
+
+class TestCommand:
+    @pytest.fixture
+    def here(self, tmp_path: Path, monkeypatch) -> Path:
+        monkeypatch.chdir(tmp_path)
+        write_scores(tmp_path / "scores.parquet", random_rows(rows=100))
+        return tmp_path
+
+    def test_it_works_as_it_stands(self, here: Path, capsys) -> None:
+        assert zscore("filter", "--min", "3.2") == 0
+        shown = capsys.readouterr().out
+        kept = read_rows(here / "kept.parquet")
+        assert {"100 rows", "kept", "dropped: min:overall", "dropped: bad_image", "wrote kept.parquet"} <= {
+            part.strip() for line in shown.splitlines() for part in line.split("  ")
+        }
+        assert 0 < len(kept) < 94
+        assert list(kept[0]) == list(read_rows(here / "scores.parquet")[0])
+
+    def test_metadata_says_how_it_came_about(self, here: Path) -> None:
+        assert (
+            zscore(
+                "filter", "--min", "realism=3", "--max-std", "1.2", "--prob", "alignment>=3:0.5", "--fraction", "0.5"
+            )
+            == 0
+        )
+        metadata = metadata_in(here / "kept.parquet")
+        step = metadata.pop("derived")[0]
+        assert metadata == metadata_in(here / "scores.parquet")
+        assert step["command"] == "filter"
+        assert step["criteria"] == {
+            "min": {"realism": 3.0},
+            "max_std": {"overall": 1.2},
+            "prob": ["alignment>=3:0.5"],
+            "fraction": 0.5,
+            "score": "overall",
+        }
+        counts = step["counts"]
+        assert counts["kept"] == len(read_rows(here / "kept.parquet"))
+        assert counts["kept"] + sum(counts["dropped"].values()) == counts["rows"] == 100
+        assert zscore("filter", "kept.parquet", "--dedupe", "--out", "again.parquet") == 0
+        assert len(metadata_in(here / "again.parquet")["derived"]) == 2
+
+    def test_columns(self, here: Path) -> None:
+        assert zscore("filter", "--columns", "overall, key", "--quiet") == 0
+        assert list(read_rows(here / "kept.parquet")[0]) == ["overall", "key"]
+
+    def test_a_dry_run_writes_nothing(self, here: Path, capsys) -> None:
+        call = ["filter", "--min", 3, "--dry-run", "--dropped", "d.parquet", "--npy", "u.npy"]
+        assert zscore(*call) == 0
+        assert "dry run: nothing is written" in capsys.readouterr().out
+        assert [path.name for path in here.iterdir()] == ["scores.parquet"]
+
+    def test_quiet_says_nothing(self, here: Path, capsys) -> None:
+        assert zscore("filter", "--min", 3, "-q") == 0
+        assert capsys.readouterr() == ("", "")
+
+    def test_nothing_kept_is_no_error_and_says_what_there_is(self, here: Path, capsys) -> None:
+        assert zscore("filter", "--min", "6", "--max", "realism=0.5") == 0
+        best = max(made["overall"] for made in read_rows(here / "scores.parquet") if made["overall"] is not None)
+        shown = capsys.readouterr().out
+        assert f"nothing is kept: the highest overall is {best:.4g}, --min asks for 6; the lowest realism is" in shown
+        assert read_rows(here / "kept.parquet") == []
+        assert zscore("filter", "kept.parquet", "--out", "again.parquet") == 0
+        assert "kept.parquet has no rows" in capsys.readouterr().out
+
+    def test_all_rows_failed(self, here: Path, capsys) -> None:
+        write_scores(here / "bad.parquet", [row(0, status="bad_image")])
+        assert zscore("filter", "bad.parquet", "--min", 3) == 0
+        assert "nothing is kept\n" in capsys.readouterr().out
+
+    def test_an_existing_output_is_replaced_only_at_the_end(self, here: Path, capsys) -> None:
+        assert zscore("filter", "--min", 3, "-q") == 0
+        before = read_rows(here / "kept.parquet")
+        assert zscore("filter", "--min", 3.3, "-q") == 0
+        assert len(read_rows(here / "kept.parquet")) < len(before)
+        after = (here / "kept.parquet").read_bytes()
+        assert zscore("filter", "--npy", "u.npy", "--where", "key >") == 2
+        assert (here / "kept.parquet").read_bytes() == after
+        assert sorted(path.name for path in here.iterdir()) == ["kept.parquet", "scores.parquet"]
+
+    def test_the_same_call_writes_the_same_bytes(self, here: Path) -> None:
+        written = []
+        for _ in range(3):
+            assert zscore("filter", "--min", 2.9, "--dedupe", "--fraction", 0.5, "-q") == 0
+            written.append((here / "kept.parquet").read_bytes())
+        assert len(set(written)) == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "said"),
+        [
+            (["nope.parquet"], 1, "zscore: there is no nope.parquet"),
+            (["--out", "scores.parquet"], 2, "zscore: --out scores.parquet is the table that is read"),
+            (["--dropped", "./kept.parquet"], 2, "--dropped and --out name the same file"),
+            (["--columns", "key,overal"], 2, "--columns: there is no column 'overal': did you mean 'overall'?"),
+            (["--min", "realsim=3"], 2, "did you mean 'realism'?"),
+            (["--calibration", "nope.json"], 1, "nope.json"),
+            (["--fraction", "much"], 2, "Invalid value for '--fraction'"),
+        ],
+    )
+    def test_errors_are_one_line(self, here: Path, capsys, arguments: list[str], code: int, said: str) -> None:
+        assert zscore("filter", *arguments) == code
+        shown = capsys.readouterr().err
+        assert said in shown
+        assert "Traceback" not in shown
+        if shown.startswith("zscore: "):
+            assert shown.count("\n") == 1
+        assert [path.name for path in here.iterdir()] == ["scores.parquet"]
+
+    def test_files_of_two_models(self, here: Path, capsys) -> None:
+        write_scores(here / "other.parquet", [row(0, means=5)], model={"id": "b", "weights": "b"})
+        assert zscore("filter", "scores.parquet", "other.parquet") == 1
+        assert "scores.parquet and other.parquet weren't scored alike: model 'made-up'" in capsys.readouterr().err
+        assert zscore("filter", "scores.parquet", "other.parquet", "--allow-mixed", "--min", 4.9, "-q") == 0
+        assert len(read_rows(here / "kept.parquet")) == 1
+
+    def test_urls_on_both_sides(self, here: Path) -> None:
+        memory = fsspec.filesystem("memory")
+        memory.pipe("/in/scores.parquet", (here / "scores.parquet").read_bytes())
+        out = "memory://out/kept.parquet"
+        call = ["filter", "memory://in/scores.parquet", "--min", 3, "--out", out, "--npy", "memory://out/u.npy", "-q"]
+        assert zscore(*call) == 0
+        assert zscore("filter", "--min", 3, "-q") == 0
+        (here / "remote.parquet").write_bytes(memory.cat("/out/kept.parquet"))
+        assert read_rows(here / "remote.parquet") == read_rows(here / "kept.parquet")
+        assert sorted(memory.ls("/out", detail=False)) == ["/out/kept.parquet", "/out/u.npy"]
+        memory.store.clear()
+
+    def test_help_has_examples(self, capsys) -> None:
+        assert zscore("filter", "--help") == 0
+        shown = capsys.readouterr().out
+        assert "\n    zscore filter --min 4.0\n" in shown
+        assert "replaced if it exists" in shown
