@@ -508,6 +508,7 @@ class TestResume:
             f"kept-{i:06d}.tar" for i in range(count)
         ]
         assert not (tmp_path / "out" / "kept-index.json").exists()
+        assert not list((tmp_path / "out").glob(".*.tmp"))
         stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").glob("*.tar"))]
         result = run(*job, tmp_path / "out", shard_size="3")
         assert result.resumed == count

@@ -76,14 +76,15 @@ class Written:
 class ShardWriter:
     """Writes PREFIX-000000.tar and so on; use as a context, which drops a shard that was begun if it ends in an error.
 
-    All writing is done by a thread, in order, so that the caller reads on meanwhile.
+    A thread writes, in order, so that the caller reads on meanwhile; another syncs full shards and renames them, for
+    that takes as long as writing them.
 
     Args:
         store: folder of the shards.
         prefix: of their names.
         number: of the first one.
         size: when one is full.
-        on_shard: called (in the thread) with every shard once it is there under its name.
+        on_shard: called (in a thread) with every shard once it is there under its name.
     """
 
     def __init__(
@@ -97,8 +98,11 @@ class ShardWriter:
         self._samples = 0
         self._size = 0
         self._last: tuple[Source, Passage] | None = None
-        self._lane = Lane("zscore-reshard")
-        # Only the thread touches these two.
+        self._writing = Lane("zscore-write")
+        self._closing = Lane("zscore-close")
+        self._unfinished: list[contextlib.ExitStack] = []
+        """Full shards that aren't there under their name yet."""
+        # Only the writing thread touches these two.
         self._file = contextlib.ExitStack()
         self._descriptor = -1
 
@@ -112,13 +116,14 @@ class ShardWriter:
         """Finish the last shard, or drop it."""
         if kind is None:
             self._end_shard()
-            self.drain()
-        self._lane.stop(drop=kind is not None)
-        failure = error or self._lane.error
+        self._writing.stop(drop=kind is not None)
+        self._closing.stop()
+        failure = error or self._writing.error or self._closing.error
         if failure is not None:
-            # The store puts its own errors into words here.
-            self._file.__exit__(type(failure), failure, failure.__traceback__)
-            if kind is None:
+            # Drops what isn't finished; the store puts its own errors into words here.
+            with contextlib.ExitStack() as files:
+                for file in (*self._unfinished, self._file):
+                    files.push(file)
                 raise failure
 
     def add(self, source: Source, passage: Passage, carrier: Carrier, row: dict[str, Any] | None) -> None:
@@ -126,25 +131,25 @@ class ShardWriter:
 
         The carrier must stay open until `drain`.
         """
-        self._lane.check()
+        self._closing.check()
         member = b"" if row is None else score_member(source, passage, row)
         # Readers take neighbours of one key for one sample; keys may repeat, so those don't become neighbours.
         follows_itself = self._last is not None and self._last[1].key == passage.key
         if self._samples and (follows_itself or self._limit.is_full(self._samples, self._size)):
             self._end_shard()
         if not self._samples:
-            self._lane.do(self._open, shard_name(self._prefix, self._number))
-        self._lane.do(self._append, source, passage, carrier, member)
+            self._writing.do(self._open, shard_name(self._prefix, self._number))
+        self._writing.do(self._append, source, passage, carrier, member)
         if not carrier.can_wait:
             self.drain()
-            self._lane.check()
+        self._writing.check()
         self._size += passage.size + len(member)
         self._samples += 1
         self._last = source, passage
 
     def drain(self) -> None:
         """Wait until everything is written that was added; what failed is raised by the next `add`, or at the end."""
-        self._lane.wait()
+        self._writing.wait()
 
     def _end_shard(self) -> None:
         if self._last is None or not self._samples:
@@ -153,7 +158,7 @@ class ShardWriter:
         source, passage = self._last
         name = shard_name(self._prefix, self._number)
         shard = Written(name, self._samples, self._size + len(end), source.shard.name, passage.index)
-        self._lane.do(self._close, shard, end)
+        self._writing.do(self._close, shard, end)
         self._number += 1
         self._samples, self._size = 0, 0
 
@@ -170,7 +175,13 @@ class ShardWriter:
 
     def _close(self, shard: Written, end: bytes) -> None:
         write_all(self._descriptor, end)
-        self._file.close()
+        file = self._file.pop_all()
+        self._unfinished.append(file)
+        self._closing.do(self._commit, file, shard)
+
+    def _commit(self, file: contextlib.ExitStack, shard: Written) -> None:
+        file.close()
+        self._unfinished.remove(file)
         self._on_shard(shard)
 
 

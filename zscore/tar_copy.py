@@ -184,10 +184,11 @@ class LocalCarrier:
     def members(self) -> Iterator[Member]:
         """See `Carrier`."""
         descriptor, size, position = self._descriptor, self._size, 0
-        window, base = b"", 0
+        window, base = os.pread(descriptor, WINDOW, 0), 0
         while True:
-            plain = _plain_member(window, position - base)
-            if plain is None and position + WINDOW > base + len(window):
+            at = position - base
+            plain = _plain_member(window, at) if at + BLOCK <= len(window) else None
+            if plain is None and at:  # not in the window, or not all of it
                 window, base = os.pread(descriptor, WINDOW, position), position
                 plain = _plain_member(window, 0)
             if plain is None or (end := base + plain[0]) > size:
