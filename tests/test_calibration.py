@@ -382,6 +382,18 @@ class TestCommand:
         assert made.provenance["rubric"] == {"name": "z-reward", "hash": z_reward().hash}
         assert made.provenance["settings"] == {"aggregate": "trimmed", "fit_share": 0.5, "seed": 0}
 
+    def test_filter_keeps_what_the_calibration_says(self, files, tmp_path):
+        out, kept = tmp_path / "calibration.json", tmp_path / "kept.parquet"
+        assert zscore("calibrate", *files, "--out", out)[0] == 0
+        call = ("filter", files[0], "--calibration", out, "--min", "realism=3", "--confidence", 0.7, "--out", kept)
+        code, _, err = zscore(*call)
+        assert (code, err) == (0, "")
+        made = read_calibration(str(out))
+        scores = apply_calibration(pl.read_parquet(files[0]).filter(pl.col("overall").is_not_null()), made)
+        mask = select_confident(scores["realism"], made, 3.0, 0.7, "realism")
+        assert 0 < mask.sum() < len(mask)
+        assert pl.read_parquet(kept)["key"].to_list() == scores.filter(mask)["key"].to_list()
+
     def test_no_ratings(self, files, tmp_path):
         (tmp_path / "none.csv").write_text("key,score\n")
         code, text, _ = zscore("calibrate", files[0], tmp_path / "none.csv", "--out", tmp_path / "c.json")
