@@ -70,18 +70,18 @@ def read_thumbnails(rows: Iterable[Mapping[str, Any]], shards: Sequence[str], op
         UsageError: no shard where one is looked for.
         TableError: shards that the rows name aren't among them.
     """
-    digests = {(str(row["shard"]), int(row["index"])): row.get("sha256") for row in rows}
+    by_sample = {(str(row["shard"]), int(row["index"])): row for row in rows}
     found = Thumbnails()
-    if not digests:
+    if not by_sample:
         return found
-    keys = {(str(row["shard"]), int(row["index"])): row["key"] for row in rows}
-    names, numbers = zip(*keys, strict=True)
-    wanted = pl.LazyFrame({"shard": names, "index": numbers, "key": list(keys.values())})
+    wanted = pl.LazyFrame(
+        [{"shard": shard, "index": index, "key": row["key"]} for (shard, index), row in by_sample.items()]
+    )
     read = _read_options(options)
     for source in locate(wanted, expand(shards)):
         try:
             for index, data in _pictures(source, read):
-                made = _thumbnail(data, digests[source.name, index])
+                made = _thumbnail(data, by_sample[source.name, index].get("sha256"))
                 found.by_sample[source.name, index] = made
                 if isinstance(made, str):
                     found.faults.append(f"{source.name}, sample {index}: {made}")

@@ -197,7 +197,7 @@ def _matrix(frame: pl.DataFrame) -> list[list[float | None]]:
     values_DN = frame.to_numpy().T
     varies_D = [bool(row.size and row.min() < row.max()) for row in values_DN]
     with np.errstate(invalid="ignore", divide="ignore"):
-        matrix_DD = np.atleast_2d(np.corrcoef(values_DN)) if frame.height else np.zeros((len(varies_D),) * 2)
+        matrix_DD = np.atleast_2d(np.corrcoef(values_DN)) if frame.height > 1 else np.zeros((len(varies_D),) * 2)
     return [
         [round(float(matrix_DD[i, j]), 4) if varies_D[i] and varies_D[j] else None for j in range(len(varies_D))]
         for i in range(len(varies_D))

@@ -13,6 +13,8 @@
       const svg = draw(width);
       svg.setAttribute("role", "img");
       svg.setAttribute("aria-label", box.dataset.label);
+      // Plot labels its groups, which ARIA forbids for elements without a role.
+      svg.querySelectorAll("g[aria-label]").forEach((group) => group.removeAttribute("aria-label"));
       box.replaceChildren(svg);
     };
     new ResizeObserver(() => {
