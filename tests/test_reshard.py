@@ -159,6 +159,31 @@ class TestCopy:
             memory.get_file(f"/bucket/out/{name}", str(tmp_path / "back" / name))
         assert raw_members(tmp_path / "back" / "kept-000000.tar") == raw_members(source)[6:12]
 
+    def test_s3_on_both_sides_and_a_resume(self, tmp_path, monkeypatch):
+        from tests.s3server import BUCKET, s3_server
+
+        plain = make_tar(tmp_path / "a.tar", samples(6))
+        with s3_server(monkeypatch) as files:
+            files.put_file(str(plain), f"{BUCKET}/src/a.tar")
+            kept = kept_rows(tmp_path, all_rows(plain, "a.tar"))
+            done = []
+
+            def stop(shard):
+                done.append(shard)
+                if len(done) == 2:
+                    raise StoppedError
+
+            options = ReshardOptions(shards=(f"s3://{BUCKET}/src/",), out=f"s3://{BUCKET}/out/", shard_size="2")
+            with pytest.raises(StoppedError):
+                reshard(kept, options, stop)
+            assert reshard(kept, options).resumed == 2
+            names = sorted(path.rsplit("/", 1)[-1] for path in files.find(f"{BUCKET}/out"))
+            assert names == ["kept-000000.tar", "kept-000001.tar", "kept-000002.tar", "kept-index.json"]
+            for number in range(3):
+                files.get_file(f"{BUCKET}/out/{names[number]}", str(tmp_path / names[number]))
+        found = [member for number in range(3) for member in raw_members(tmp_path / names[number])]
+        assert found == raw_members(plain)
+
     def test_order_is_that_of_the_sources(self, tmp_path):
         for name in ("b", "a"):
             make_tar(tmp_path / "src" / f"{name}.tar", samples(3, prefix=name))
