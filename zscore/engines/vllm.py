@@ -62,7 +62,7 @@ class VllmEngine:
         self.max_tokens: int = model_config.max_model_len
         self.max_in_flight = 2 * config.max_num_seqs
         # On a CPU a prompt's scores are the same to the last bit whatever it is batched with (tested).
-        self.lockstep = config.chunked_prefill or not on_cpu
+        self.lockstep = config.chunked_prefill or config.prefix_caching or not on_cpu
         self._image_token = _image_token(model_config.hf_config)
         self._refused: list[tuple[int, Failure]] = []
         self._pictures = _Pictures()
@@ -106,6 +106,7 @@ class VllmEngine:
         try:
             self._add(str(tag), prompt, name)
         except Exception as error:  # vLLM checks what it is given by raising anything
+            self._pictures.leave(tag)
             raise EngineError(f"vLLM refused a prompt: {one_line(error)}") from error
 
     def _add(self, request: str, prompt: EnginePrompt, picture: str) -> None:

@@ -42,7 +42,8 @@ class VllmConfig:
     enforce_eager: bool | None = None
     """No compilation. None: on a CPU (there it takes a C++ compiler, and minutes), not on a GPU."""
     prefix_caching: bool = False
-    """Share the picture's prefix between separate prompts. Prompts with several probes never read the cache."""
+    """Share the picture's prefix between separate prompts; switches `chunked_prefill` on, which vLLM wants for it with
+    linear attention. Prompts with several probes never read the cache."""
     chunked_prefill: bool = False
     """Let a prompt be split over steps. That fills steps to the last token, but where the cut falls depends on what
     else is in the batch, and so do the last bits of the scores."""
@@ -94,19 +95,20 @@ def stop(engine: Any) -> None:
 def _arguments(model: str, config: VllmConfig, *, on_cpu: bool) -> dict[str, Any]:
     longest = min(config.max_model_len, model_limit(model))
     batched = config.max_num_batched_tokens
+    chunked = config.chunked_prefill or config.prefix_caching
     return {
         "model": model,
         "runner": "pooling",
         "dtype": config.dtype,
         "seed": config.seed,
         "max_model_len": longest,
-        "max_num_batched_tokens": batched if config.chunked_prefill else max(batched, longest),
+        "max_num_batched_tokens": batched if chunked else max(batched, longest),
         "max_num_seqs": config.max_num_seqs,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "kv_cache_memory_bytes": int(config.cpu_cache_gib * 2**30) if on_cpu else None,
         "enforce_eager": on_cpu if config.enforce_eager is None else config.enforce_eager,
         "enable_prefix_caching": config.prefix_caching,
-        "enable_chunked_prefill": config.chunked_prefill,
+        "enable_chunked_prefill": chunked,
         # vLLM picks it by architecture name, which misses ours: without it the states of the gated delta net are
         # kept in bfloat16 (the CPU backend corrects that by itself, a GPU doesn't).
         "mamba_ssm_cache_dtype": "float32",
@@ -125,9 +127,11 @@ def read_config(model: str) -> dict[str, Any]:
     """
     file = Path(model) / "config.json"
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} can't be read: {one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} holds a {type(config).__name__}; a JSON object is wanted")
     return config
 
 
