@@ -8,6 +8,8 @@ import tarfile
 from dataclasses import fields
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 from zscore.records import Sample, ShardRef
 from zscore.samples import ReadOptions, count_samples, read_samples
 
@@ -17,6 +19,8 @@ USTAR = b"ustar\x0000"
 GNU = b"ustar  \0"
 V7 = bytes(8)
 Files = list[tuple[str, bytes]]
+# A busy machine is no failure.
+FUZZ = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def padded(data: bytes) -> bytes:

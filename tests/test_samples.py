@@ -254,11 +254,14 @@ def test_a_run_without_end_takes_bounded_memory(tmp_path):
 
 def test_a_hundred_thousand_tiny_members(tmp_path):
     one = padded(b"1")
-    blocks = []
-    for i in range(50_000):
-        blocks += [header(f"{i:06d}.jpg", 1), one, header(f"{i:06d}.txt", 1), one]
+    # Digits whose sum is the same for every number keep the checksum: 10 times faster than a header for each.
+    image, prompt = header("0000099999.jpg", 1), header("0000099999.txt", 1)
     path = tmp_path / "many.tar"
-    path.write_bytes(b"".join(blocks) + END)
+    with path.open("wb") as file:
+        for i in range(50_000):
+            key = b"%05d%05d" % (i, 99_999 - i)
+            file.write(key + image[10:] + one + key + prompt[10:] + one)
+        file.write(END)
     count = 0
     for row in read_samples(shard_at(path)):
         assert row.index == count

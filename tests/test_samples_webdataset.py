@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from tests.tars import check_rows, keys, packed, read, shard_at, statuses, text
+from tests.tars import FUZZ, check_rows, keys, packed, read, shard_at, statuses, text
 from zscore.samples import ReadOptions, count_samples, read_samples, split_name
 from zscore.shards import expand
 
@@ -51,7 +51,7 @@ def assert_same(path):
 names = st.text(st.sampled_from("ab._/A-é "), min_size=1, max_size=12)
 
 
-@settings(max_examples=500, deadline=None, database=None)
+@settings(FUZZ, max_examples=500)
 @given(names)
 def test_keys_are_those_of_the_library(name):
     expected = base_plus_ext(name)
@@ -62,7 +62,7 @@ def test_keys_are_those_of_the_library(name):
         assert split_name(name) == (expected[0], expected[1].lower())
 
 
-@settings(max_examples=40, deadline=None, database=None)
+@settings(FUZZ, max_examples=40)
 @given(
     st.lists(
         st.tuples(

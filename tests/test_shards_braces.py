@@ -9,6 +9,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tars import FUZZ
 from zscore.braces import expand_braces
 from zscore.errors import UsageError
 
@@ -46,7 +47,7 @@ def test_equal_to_the_library(pattern):
     assert expand_braces(pattern, 1000) == list(braceexpand(pattern))
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(FUZZ, max_examples=200)
 @given(st.text(st.sampled_from("{}{},,..019ab"), max_size=14))
 def test_equal_to_the_library_on_anything(pattern):  # but backslashes, which it takes away twice in {\\\\}
     try:

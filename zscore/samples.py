@@ -8,8 +8,8 @@ library:
 - A link, device or sparse file in the place of a picture or a text makes a row with a reason (webdataset drops it,
   or fills its holes).
 - Only the picture and the texts are read; everything else is passed over unread.
-- The sample that a cut falls in, or directly behind, isn't given as if it were whole: one row with its key says where
-  the shard ends.
+- The sample that a cut falls in isn't given as if it were whole: one row with its key says where the shard ends. Cut
+  between members, it counts as whole where a picture and a text are there.
 """
 
 from __future__ import annotations
