@@ -223,6 +223,17 @@ def test_a_shard_that_is_not_the_same_any_more(web):
     assert "overwritten" in rows[-1].failure.error
 
 
+def test_versions_are_the_same_in_a_listing_and_alone():
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/v/deep/x.tar", pair("a") + END)
+    (listed,) = expand(["memory://v"])
+    (alone,) = expand(["simplecache::memory://v/deep/x.tar"])
+    assert (listed.name, alone.name) == ("deep/x.tar", "x.tar")
+    assert listed.version == alone.version
+    assert [row.key for shard in (listed, alone) for row in read_samples(shard)] == ["a", "a"]
+
+
 def test_reasons():
     assert reason(OSError(5, "Input/output error", "/data/x.tar")) == "Input/output error"
     assert reason(ValueError("two\nlines  here")) == "two lines here"

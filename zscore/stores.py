@@ -254,7 +254,9 @@ def local_version(info: os.stat_result) -> str:
 
 def remote_version(details: Mapping[str, object]) -> str:
     """What `ShardRef.version` says of an object: the first of its store's ETag, hash or time of change."""
-    return next((str(details[name]).strip('"') for name in _VERSION_FIELDS if details.get(name)), "")
+    value: Any = next((details[name] for name in _VERSION_FIELDS if details.get(name)), "")
+    # Some stores give a time as a number where they list and as a datetime where they are asked for one object.
+    return str(value.timestamp() if hasattr(value, "timestamp") else value).strip('"')
 
 
 def reason(error: BaseException) -> str:
