@@ -1,9 +1,9 @@
 """How fast are kept samples copied into new shards?
 
-Shards of 300 kB pictures (a 1024² JPEG) with a JSON and a text each, a quarter of the samples kept at random. Three sides, in turn,
-from a warm page cache: `zscore.reshard` (every shard synced to disk), Python's tarfile doing the same copy (not
-synced), and `cp` of the very shards that reshard wrote (not synced; with `sync` beside it). Imports and the start of
-Python are left out on all sides, opening the kept table is in.
+Shards of 300 kB pictures (a 1024² JPEG) with a JSON and a text each, a quarter of the samples kept at random. Three
+sides, in turn, from a warm page cache: `zscore.reshard` (every shard synced to disk), Python's tarfile doing the same
+copy (not synced), and `cp` of the very shards that reshard wrote (not synced; with `sync` beside it). Imports and the
+start of Python are left out on all sides, opening the kept table is in.
 
     python benchmarks/reshard.py [--pairs 5] [--shards 8] [--samples 1000]
 """
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 PICTURE_BYTES = (200_000, 400_000)
 KEPT = 0.25
+# As with many shards of a real job, most are synced while the next one is written.
+SHARD_SIZE = "100MB"
 
 
 def write_shards(folder: Path, shards: int, samples: int) -> list[ScoreRow]:
@@ -63,7 +65,8 @@ def by_reshard(folder: Path) -> float:
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
-    reshard(open_scores(str(folder / "kept.parquet")), ReshardOptions(shards=(str(folder / "src"),), out=str(out)))
+    options = ReshardOptions(shards=(str(folder / "src"),), out=str(out), shard_size=SHARD_SIZE)
+    reshard(open_scores(str(folder / "kept.parquet")), options)
     return time.perf_counter() - started
 
 
@@ -94,6 +97,23 @@ def by_cp(folder: Path, *, sync: bool) -> float:
     return time.perf_counter() - started
 
 
+def measure(folder: Path, options: argparse.Namespace) -> tuple[dict[str, list[float]], int, int]:
+    """Seconds by side, kept samples and written bytes."""
+    seconds: dict[str, list[float]] = {"reshard": [], "tarfile": [], "cp": [], "cp_and_sync": []}
+    (folder / "src").mkdir()
+    kept = write_shards(folder / "src", options.shards, options.samples)
+    write_scores(folder / "kept.parquet", kept)
+    subprocess.run(["sync"], check=True)
+    by_reshard(folder)  # imports and page cache
+    for _ in range(options.pairs):
+        seconds["tarfile"].append(by_tarfile(folder, {one.key for one in kept}))
+        seconds["reshard"].append(by_reshard(folder))
+        seconds["cp"].append(by_cp(folder, sync=False))
+        seconds["cp_and_sync"].append(by_cp(folder, sync=True))
+        print("  ".join(f"{side} {values[-1]:.3f} s" for side, values in seconds.items()), flush=True)
+    return seconds, len(kept), sum(path.stat().st_size for path in (folder / "out").glob("*.tar"))
+
+
 def main() -> None:
     """Run pairs and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,35 +121,25 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--samples", type=int, default=1000, help="of one shard")
     options = parser.parse_args()
-    seconds: dict[str, list[float]] = {"reshard": [], "tarfile": [], "cp": [], "cp_and_sync": []}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "src").mkdir()
-        kept = write_shards(folder / "src", options.shards, options.samples)
-        write_scores(folder / "kept.parquet", kept)
-        subprocess.run(["sync"], check=True)
-        by_reshard(folder)  # imports and page cache
-        for _ in range(options.pairs):
-            seconds["tarfile"].append(by_tarfile(folder, {one.key for one in kept}))
-            seconds["reshard"].append(by_reshard(folder))
-            seconds["cp"].append(by_cp(folder, sync=False))
-            seconds["cp_and_sync"].append(by_cp(folder, sync=True))
-            print("  ".join(f"{side} {values[-1]:.3f} s" for side, values in seconds.items()), flush=True)
-        written = sum(path.stat().st_size for path in (folder / "out").glob("*.tar"))
+        seconds, kept, written = measure(Path(name), options)
     total = options.shards * options.samples
     ratios = {
         side: [other / own for other, own in zip(seconds[side], seconds["reshard"], strict=True)]
         for side in ("tarfile", "cp", "cp_and_sync")
     }
+    own = statistics.median(seconds["reshard"])
     report(
         "reshard",
         {
             "source_samples": total,
-            "kept_samples": len(kept),
+            "picture_bytes": PICTURE_BYTES,
+            "shard_size": SHARD_SIZE,
+            "kept_samples": kept,
             "written_bytes": written,
             "seconds": {side: [round(value, 3) for value in values] for side, values in seconds.items()},
-            "source_samples_per_s": round(total / statistics.median(seconds["reshard"])),
-            "written_mb_per_s": round(written / statistics.median(seconds["reshard"]) / 1e6),
+            "source_samples_per_s": round(total / own),
+            "written_mb_per_s": round(written / own / 1e6),
             "speed_relative_to": {
                 side: {"median": round(statistics.median(values), 3), "min": round(min(values), 3)}
                 for side, values in ratios.items()

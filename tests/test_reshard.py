@@ -589,6 +589,25 @@ class TestResume:
         with pytest.raises(OutputMismatchError, match="sources differs"):
             run(*job, tmp_path / "out", shard_size="3")
 
+    def test_killed_before_the_first_record(self, tmp_path, job, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr("zscore.reshard._Job._record", lambda *_: (_ for _ in ()).throw(StoppedError()))
+            with pytest.raises(StoppedError):
+                run(*job, tmp_path / "out", shard_size="3")
+        assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["kept-000000.tar"]
+        with pytest.raises(OutputMismatchError, match="shard_size differs"):
+            run(*job, tmp_path / "out", shard_size="4")
+        assert run(*job, tmp_path / "out", shard_size="3").resumed == 0
+        assert len(read_back(tmp_path / "out")) == 10
+
+    def test_sources_are_never_deleted(self, tmp_path, job):
+        kept, source = job
+        run(kept, source, source, shard_size="3")
+        inner = kept_rows(tmp_path, [("kept-000001.tar", 0, "a0004")], "inner.parquet")
+        with pytest.raises(UsageError, match=r"would delete the source shard kept-000001\.tar"):
+            run(inner, source, source, overwrite=True)
+        assert (source / "kept-000001.tar").exists()
+
     def test_foreign_shards_are_refused(self, tmp_path, job):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "kept-000000.tar").write_bytes(b"mine")

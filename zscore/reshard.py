@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -23,7 +24,7 @@ from zscore.samples import ReadOptions
 from zscore.shard_writer import ShardSize, ShardWriter, Written, shard_name
 from zscore.shards import expand
 from zscore.sources import locate
-from zscore.store import open_store
+from zscore.store import is_local, open_store
 from zscore.texts import GZIP_SUFFIX, parse_sources, parse_suffixes
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from zscore.tables import Scores
 
 PLAN_FILE = "plan.json"
+LOCK = "lock"
 # What the sample itself holds, or what is the same for all that is kept.
 NOT_SCORES = frozenset({"shard", "index", "key", "prompt", "status", "error"})
 PREFIX = re.compile(r"[\w-][\w.-]*")
@@ -126,7 +128,7 @@ class _Job:
 
     def run(self, on_shard: Callable[[Written], None]) -> Result:
         plan = self._plan()
-        with self._state.lock("lock"):
+        with self._state.lock(LOCK):
             if not self._is_done(plan):
                 self._begin(plan)
                 self._copy(on_shard)
@@ -176,18 +178,19 @@ class _Job:
     def _begin(self, plan: dict[str, Any]) -> None:
         """Find out how far an earlier run came, or clear the way."""
         there, records = self._out.names(), self._state.names()
-        ours = re.compile(re.escape(self._options.prefix) + r"-\d{6,}\.tar")
-        shards = sorted(name for name in there if ours.fullmatch(name))
+        shards = sorted(name for name in there if self._is_ours(name))
         if self._options.overwrite:
+            self._spare_sources()
             for name in (self._index, *shards):
                 self._out.delete(name)
-            for name in records - {"lock"}:
+            for name in records - {LOCK}:
                 self._state.delete(name)
-        elif len(records - {"lock", PLAN_FILE}):
+        elif PLAN_FILE in records:
             with self._state.open(PLAN_FILE) as stream:
-                self._check(json.loads(stream.read()), plan)
-            self._resume(there, records)
-            return
+                before = json.loads(stream.read())
+            if shards:
+                self._check(before, plan)
+                self._resume(there, records)
         elif shards and self._index not in there:
             raise OutputMismatchError(
                 f"{self._options.out} holds {shards[0]}, which no reshard left unfinished: give another --out or "
@@ -195,6 +198,16 @@ class _Job:
             )
         with self._state.write(PLAN_FILE) as stream:
             stream.write(json.dumps(plan).encode())
+
+    def _is_ours(self, name: str) -> bool:
+        return bool(re.fullmatch(re.escape(self._options.prefix) + r"-\d{6,}\.tar", name))
+
+    def _spare_sources(self) -> None:
+        """Refuse to delete what is still to be read."""
+        for source in self._sources:
+            name = source.shard.url.rsplit("/", 1)[-1]
+            if self._is_ours(name) and _same(source.shard.url, self._out.path(name)):
+                raise UsageError(f"--overwrite would delete the source shard {name}: give another --out or --prefix")
 
     def _resume(self, there: set[str], records: set[str]) -> None:
         for number in itertools.count():
@@ -257,6 +270,11 @@ class _Job:
         }
         with self._out.write(self._index) as stream:
             stream.write((json.dumps(index, indent=1) + "\n").encode())
+
+
+def _same(left: str, right: str) -> bool:
+    """Whether two paths or urls lead to one file."""
+    return left == right or (is_local(left) and is_local(right) and Path(left).resolve() == Path(right).resolve())
 
 
 def _digest(*parts: Any) -> str:
