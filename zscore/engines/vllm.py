@@ -13,7 +13,7 @@ import numpy as np
 from zscore.distribution import EXTRA, unpack
 from zscore.engines.vllm_plugin import ARCHITECTURE
 from zscore.engines.vllm_start import VllmConfig, importing, one_line, prepare_import, quiet, read_config, start, stop
-from zscore.errors import EngineError, ModelError
+from zscore.errors import EngineError, ModelError, ZscoreError
 from zscore.records import Failure, Status
 
 if TYPE_CHECKING:
@@ -105,6 +105,9 @@ class VllmEngine:
         name = self._pictures.enter(tag, prompt.pixels)
         try:
             self._add(str(tag), prompt, name)
+        except ZscoreError:
+            self._pictures.leave(tag)
+            raise
         except Exception as error:  # vLLM checks what it is given by raising anything
             self._pictures.leave(tag)
             raise EngineError(f"vLLM refused a prompt: {one_line(error)}") from error

@@ -29,7 +29,8 @@ class VllmClassifyEngine(VllmEngine):
 
     def _start(self, model: str, config: VllmConfig) -> Any:
         prepare_import()
-        architecture = str((read_config(model).get("architectures") or ["none"])[0])
+        config_json = read_config(model)
+        architecture = str((config_json.get("architectures") or ["none"])[0])
         self._merge = read_checkpoint(model).merge
         with quiet():
             _register_by_class(architecture)
@@ -40,6 +41,8 @@ class VllmClassifyEngine(VllmEngine):
         overrides = {
             "classifier_from_token": _spell(model, token_ids),
             "method": "no_post_processing",
+            # The conversion looks for it here, where some of transformers 5's configs no longer have it.
+            "tie_word_embeddings": _tied(config_json),
         }
         return start(model, config, convert="classify", hf_overrides={"text_config": overrides})
 
@@ -96,6 +99,11 @@ def _register_by_class(architecture: str) -> None:
         ModelRegistry.register_model(architecture, known.load_model_cls())
     except ImportError as error:
         raise ModelError(f"vLLM can't import its {architecture}: {error}") from error
+
+
+def _tied(config: dict[str, Any]) -> bool:
+    text = config.get("text_config") or {}
+    return bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
 
 
 def _spell(model: str, token_ids: tuple[int, ...]) -> list[str]:
