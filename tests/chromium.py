@@ -161,7 +161,8 @@ class Browser:
         self.events.clear()
         page.call("Page.navigate", url=path.resolve().as_uri())
         self.wait_for("Page.loadEventFired")
-        page.settle()
+        if more.get("scripts", True):
+            page.settle()
         return page
 
 
@@ -225,6 +226,18 @@ class Page:
         sent = [event for event in self._of_session() if event["method"] == "Network.requestWillBeSent"]
         urls = [event["params"]["request"]["url"] for event in sent]
         return [url for url in urls if not url.startswith("data:")]
+
+    @property
+    def failures(self) -> list[str]:
+        """Urls that were asked for in vain."""
+        urls = {}
+        failed = []
+        for event in self._of_session():
+            if event["method"] == "Network.requestWillBeSent":
+                urls[event["params"]["requestId"]] = event["params"]["request"]["url"]
+            elif event["method"] == "Network.loadingFailed":
+                failed.append(urls.get(event["params"]["requestId"], ""))
+        return failed
 
     def _of_session(self) -> list[dict[str, Any]]:
         return [event for event in self._browser.events if event.get("sessionId") == self._session]

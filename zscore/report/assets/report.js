@@ -40,6 +40,8 @@
   const meanOf = (s, t, i) => (kept[s][i] ? sums[s][t][i] / kept[s][i] : null);
   const chosen = { score: 0, at: 0 };
   const slider = byId("t-value");
+  // The command is there to be pasted, and a table made elsewhere may call a column anything.
+  const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`);
   const written = (i) => data.stops[i].toFixed(data.decimals);
 
   const redraws = [
@@ -72,7 +74,7 @@
       row.cells[3].textContent = change === null ? "–" : d3.format("+.2f")(change);
     });
     const name = data.scores[score] === "overall" ? "" : `${data.scores[score]}=`;
-    byId("t-command").textContent = `${data.command} --min ${name}${written(at)}`;
+    byId("t-command").textContent = `${data.command} --min ${quoted(`${name}${written(at)}`)}`;
     slider.setAttribute("aria-valuetext", `${written(at)}, keeps ${charts.percent(count / data.rows)}`);
   }
 
