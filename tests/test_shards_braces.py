@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from itertools import accumulate, islice
 
 import pytest
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,11 +51,11 @@ def test_equal_to_the_library(pattern):
 @settings(FUZZ, max_examples=200)
 @given(st.text(st.sampled_from("{}{},,..019ab"), max_size=14))
 def test_equal_to_the_library_on_anything(pattern):  # but backslashes, which it takes away twice in {\\\\}
-    try:
-        expected = list(braceexpand(pattern))
-    except (UnbalancedBracesError, IndexError, OverflowError, MemoryError):
+    depths = list(accumulate((character == "{") - (character == "}") for character in pattern))
+    if min(depths, default=0) < 0 or (depths and depths[-1]):  # the library refuses most of these; bash keeps them
         expand_braces(pattern, 1000)
         return
+    expected = list(islice(braceexpand(pattern), 1001))
     if len(expected) <= 1000:
         assert expand_braces(pattern, 1000) == expected
 
