@@ -43,7 +43,7 @@ ADDED = (
     "<think>",
     "</think>",
 )
-_MERGES = 500
+_MERGES = 720
 SIZE = 256 + _MERGES + len(SPECIAL) + len(ADDED)
 IDS = {token: 256 + _MERGES + i for i, token in enumerate(SPECIAL + ADDED)}
 
@@ -70,6 +70,19 @@ night, a woman in a yellow dress holding three white flowers, an old house by th
 of a young girl with long black hair, soft light, high resolution, watercolor painting of mountains and a river,
 two birds sitting on a wooden fence, a bowl of fruit with apples, oranges and bananas, a car parked on the street of
 a city, a sign that says open, children playing football in the park, close up of an eye, 3d render of a robot
+The picture above was generated from this prompt: Text-image alignment: objects, numbers, attributes, relations, style,
+written text? everything that the prompt asks for is there and correct; one or two subtle details are missing or wrong;
+a main element or several details are missing; only part of the prompt can be recognised; the picture has little or
+nothing to do with the prompt. Realism: Do surfaces, light, faces, hands and small structures look like those of a real
+picture of the intended style? no trace of generation: texture, light and detail are convincing throughout; subtle
+artefacts, seen only on a close look; clear artefacts on the subject, or an overall artificial look; strong artefacts:
+melted structures, smeared or noisy texture; broken: most of the picture is distorted or unreadable. Aesthetics: How
+good are composition, colour, light and overall visual appeal? outstanding: deliberate, harmonious; pleasing,
+with small weaknesses; ordinary: acceptable but flat, cluttered or unbalanced in places; unattractive; ugly or chaotic.
+Physical plausibility: Are anatomy, contact, support, perspective, shadow and reflection possible in the world that the
+prompt describes? everything could exist and stand as it is shown; one or two subtle violations; a salient violation on
+a main element; several salient violations: extra limbs, floating or interpenetrating objects; physically impossible
+throughout, against the prompt's intent. Answer with one digit per question: stands for, and so on up to.
 """
 
 
@@ -155,16 +168,25 @@ def _learn_merges(alphabet: Mapping[int, str]) -> list[tuple[str, str]]:
         counts[level] += 100
         counts[f" {level}"] += 100
     words = {tuple(alphabet[b] for b in word.encode()): n for word, n in counts.items()}
+    pairs: Counter[tuple[str, str]] = Counter()
+    for word, n in words.items():
+        _count(pairs, word, n)
     merges: list[tuple[str, str]] = []
     while len(merges) < _MERGES:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, n in words.items():
-            for pair in pairwise(word):
-                pairs[pair] += n
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        words = {_merge(word, best): n for word, n in words.items()}
+        for word in [word for word in words if best[0] in word and best in pairwise(word)]:
+            n = words.pop(word)
+            _count(pairs, word, -n)
+            merged = _merge(word, best)
+            words[merged] = n
+            _count(pairs, merged, n)
     return merges
+
+
+def _count(pairs: Counter[tuple[str, str]], word: tuple[str, ...], n: int) -> None:
+    for pair in pairwise(word):
+        pairs[pair] += n
 
 
 def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
