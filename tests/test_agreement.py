@@ -149,3 +149,91 @@ class TestReplicates:
         assert points["plcc"].value == pytest.approx(1)
         assert points["plcc"].low is None
         assert points["plcc"].undefined == "one prompt only, so there is no interval"
+
+
+class TestInvariance:
+    """What must not change the numbers doesn't."""
+
+    @settings(max_examples=40, deadline=None)
+    @given(samples.filter(lambda rows: len(rows) > 2), st.randoms(use_true_random=False))
+    def test_order_of_the_samples(self, rows, random):
+        shuffled = random.sample(rows, len(rows))
+        assert self.metrics(rows) == pytest.approx(self.metrics(shuffled), nan_ok=True)
+
+    @settings(max_examples=40, deadline=None)
+    @given(samples.filter(lambda rows: len(rows) > 2))
+    def test_ranks_only_see_order(self, rows):
+        stretched = [(group, score**3 + 10, 7 * human) for group, score, human in rows]
+        for name, value in self.metrics(rows).items():
+            if name != "plcc":
+                assert self.metrics(stretched)[name] == pytest.approx(value, nan_ok=True), name
+
+    @settings(max_examples=40, deadline=None)
+    @given(samples.filter(lambda rows: len(rows) > 2))
+    def test_the_other_way_round(self, rows):
+        turned = [(group, -score, human) for group, score, human in rows]
+        right, wrong = self.metrics(rows), self.metrics(turned)
+        for name in ("plcc", "srcc", "krcc"):
+            assert wrong[name] == pytest.approx(-right[name], nan_ok=True)
+        assert wrong["hpa_half_ties"] == pytest.approx(1 - right["hpa_half_ties"], nan_ok=True)
+
+    @settings(max_examples=40, deadline=None)
+    @given(samples)
+    def test_groups_by_any_number(self, rows):
+        renamed = [(97 - 13 * group, score, human) for group, score, human in rows]
+        assert self.metrics(rows) == pytest.approx(self.metrics(renamed), nan_ok=True)
+
+    def metrics(self, rows):
+        score, human, group = arrays(rows)
+        groups = len(set(group.tolist()))
+        points, _ = agreement.correlations(score, human, group, groups)
+        pairs, _ = agreement.accuracies(agreement.count_pairs(score, human, group, groups))
+        return {name: math.nan if one.value is None else one.value for name, one in (points | pairs).items()}
+
+
+class TestBootstrap:
+    def estimate(self, values, group, **options):
+        groups = int(group.max()) + 1
+        points = {"mean": Estimate(float(values.mean()))}
+        functions = {"mean": agreement.mean_of(values, group, groups)}
+        Bootstrap(**options).estimates(points, functions, (groups, values.size))
+        return points["mean"]
+
+    def test_the_seed_decides(self):
+        values, group = np.random.default_rng(0).normal(size=60), np.arange(60) // 3
+        first = self.estimate(values, group, seed=1)
+        assert first == self.estimate(values, group, seed=1)
+        assert first != self.estimate(values, group, seed=2)
+
+    def test_a_higher_level_is_wider(self):
+        values, group = np.random.default_rng(0).normal(size=60), np.arange(60) // 3
+        narrow, wide = (self.estimate(values, group, level=level) for level in (0.8, 0.99))
+        assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
+
+    def test_prompts_are_drawn_and_not_samples(self):
+        """Twenty copies of a sample tell as much as one."""
+        values = np.random.default_rng(0).normal(size=15)
+        alone = self.estimate(values, np.arange(15), replicates=4000)
+        copies = self.estimate(np.repeat(values, 20), np.repeat(np.arange(15), 20), replicates=4000)
+        assert (copies.low, copies.high) == pytest.approx((alone.low, alone.high))
+        as_if_new = self.estimate(np.repeat(values, 20), np.arange(300), replicates=4000)
+        assert as_if_new.high - as_if_new.low < (alone.high - alone.low) / 2
+
+    def test_like_the_formula_for_a_mean(self):
+        values = np.random.default_rng(1).normal(size=400)
+        found = self.estimate(values, np.arange(400), replicates=4000)
+        error = values.std() / np.sqrt(400)
+        assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.3 * error)
+        assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.3 * error)
+
+    def test_undefined_points_stay_as_they_are(self):
+        points = {"a": Estimate(None, undefined="for a reason"), "b": Estimate(1.0)}
+        functions = {"a": lambda W: W[:, 0], "b": lambda W: np.full(len(W), np.nan)}
+        Bootstrap(replicates=10).estimates(points, functions, (3, 3))
+        assert points["a"] == Estimate(None, undefined="for a reason")
+        assert points["b"] == Estimate(1.0, undefined="too few prompts for an interval")
+
+    def test_replicates_without_a_value_are_left_out(self):
+        points = {"b": Estimate(1.0)}
+        Bootstrap(replicates=100).estimates(points, {"b": lambda W: np.where(W[:, 0] > 0, 2.0, np.nan)}, (3, 3))
+        assert (points["b"].low, points["b"].high) == (2.0, 2.0)

@@ -71,3 +71,93 @@ class TestDistributions:
         assert distribution_metrics.coverage(probs, human, 0.9).tolist() == [0, 0, 0]
         assert distribution_metrics.nll(probs, human) == pytest.approx(-np.log(1e-7))
         assert distribution_metrics.emd(probs, human, np.arange(1.0, 6)).tolist() == [4, 4, 4]
+
+
+class TestProperties:
+    seeds = st.integers(0, 10_000)
+
+    def draw(self, seed, samples=6, points=5):
+        rng = np.random.default_rng(seed)
+        return rng.dirichlet(np.ones(points), size=samples), rng.dirichlet(np.full(points, 0.4), size=samples)
+
+    @settings(max_examples=40, deadline=None)
+    @given(seeds)
+    def test_nothing_is_better_than_the_truth(self, seed):
+        probs, human = self.draw(seed)
+        points = np.arange(1.0, 6.0)
+        assert distribution_metrics.rps(human, human, points) == pytest.approx(0)
+        assert distribution_metrics.emd(human, human, points) == pytest.approx(0)
+        assert (distribution_metrics.rps(probs, human, points) >= 0).all()
+        assert (distribution_metrics.nll(probs, human) >= distribution_metrics.nll(human, human) - 1e-9).all()
+        assert distribution_metrics.calibration_error(
+            distribution_metrics.bin_sums(human, human).sum(axis=0)
+        ) == pytest.approx(0)
+
+    @settings(max_examples=40, deadline=None)
+    @given(seeds)
+    def test_emd_is_at_least_the_gap_of_the_means(self, seed):
+        probs, human = self.draw(seed)
+        points = np.arange(1.0, 6.0)
+        gap = np.abs(probs @ points - human @ points)
+        assert (distribution_metrics.emd(probs, human, points) >= gap - 1e-9).all()
+
+    @settings(max_examples=40, deadline=None)
+    @given(seeds)
+    def test_rps_is_at_most_emd(self, seed):
+        """A gap of two distribution functions is at most 1, so that its square is smaller."""
+        probs, human = self.draw(seed)
+        points = np.arange(1.0, 6.0)
+        rps, emd = (f(probs, human, points) for f in (distribution_metrics.rps, distribution_metrics.emd))
+        assert (rps <= emd + 1e-12).all()
+
+    @settings(max_examples=40, deadline=None)
+    @given(seeds, st.sampled_from([0.5, 0.8, 0.9]))
+    def test_coverage_by_a_plain_loop(self, seed, level):
+        probs, human = self.draw(seed)
+        found = distribution_metrics.coverage(probs, human, level)
+        tail = (1 - level) / 2
+        for one, people, value in zip(probs, human, found, strict=True):
+            below = np.cumsum(one)
+            low = next(j for j in range(5) if below[j] > tail)
+            high = next(j for j in range(5) if below[j] >= 1 - tail - 1e-9)
+            assert one[low : high + 1].sum() >= level - 1e-9
+            assert value == pytest.approx(people[low : high + 1].sum())
+
+    @settings(max_examples=40, deadline=None)
+    @given(seeds)
+    def test_bins_by_a_plain_loop(self, seed):
+        probs, human = self.draw(seed)
+        counts, gaps = np.zeros(10), np.zeros(10)
+        for one, people in zip(probs, human, strict=True):
+            for j in range(1, 5):
+                forecast = min(1 - one[:j].sum(), 1.0)
+                place = min(int(forecast * 10), 9)
+                counts[place] += 1
+                gaps[place] += forecast - (1 - people[:j].sum())
+        expected = np.abs(gaps).sum() / counts.sum()
+        sums = distribution_metrics.bin_sums(probs, human).sum(axis=0)
+        assert distribution_metrics.calibration_error(sums) == pytest.approx(expected)
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.lists(st.integers(2, 10), min_size=1, max_size=6), min_size=1, max_size=6))
+    def test_histograms_by_a_plain_loop(self, drawn):
+        ratings = [[value / 2 for value in one] for one in drawn]
+        flat = np.array([value for one in ratings for value in one])
+        scale = distribution_metrics.raters_scale(np.array(LEVELS), flat)
+        found, outside = distribution_metrics.histograms(pl.Series(ratings), scale)
+        assert outside == 0
+        assert found.sum(axis=1) == pytest.approx(np.ones(len(ratings)))
+        for one, row in zip(ratings, found, strict=True):
+            assert row @ scale.points_J == pytest.approx(np.mean(one))
+            if all(value in scale.points_J for value in one):
+                assert row == pytest.approx([one.count(point) / len(one) for point in scale.points_J])
+
+    def test_replicates_of_the_calibration_error(self):
+        probs, human = self.draw(3, samples=12)
+        bins = distribution_metrics.bin_sums(probs, human)
+        weights = np.random.default_rng(0).integers(0, 3, (5, 12)).astype(float)
+        found = distribution_metrics.replicated_calibration_error(bins)(weights)
+        for W, value in zip(weights.astype(int), found, strict=True):
+            drawn = np.repeat(np.arange(12), W)
+            sums = distribution_metrics.bin_sums(probs[drawn], human[drawn]).sum(axis=0)
+            assert value == pytest.approx(float(distribution_metrics.calibration_error(sums)))
