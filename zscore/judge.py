@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zscore.checkpoint import Checkpoint, model_from_environment, read_checkpoint, weights_hash
+from zscore.engines.vllm import SUPPORTED
+from zscore.engines.vllm_classify import fallback_notice
 from zscore.errors import ModelError, UsageError
 from zscore.patches import PixelOptions
 from zscore.rubrics.rubric import LAYOUTS, Layout, Rubric, load_rubric
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16")
-# Architectures that our own vLLM model covers; others go through vLLM's classifier.
-PROBED_ARCHITECTURES = frozenset({"Qwen3_5ForConditionalGeneration"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,23 +98,23 @@ class Judge:
         Raises:
             ModelError: it can't be loaded.
         """
-        levels = {"level_token_ids": self.builder.level_ids, "level_values": self.rubric.values}
+        levels: dict[str, Any] = {"level_token_ids": self.builder.level_ids, "level_values": self.rubric.values}
+        options = self.options
         if self.engine_name == "transformers":
             from zscore.engines.transformers import TransformersConfig, TransformersEngine
 
-            config = TransformersConfig(dtype=self.options.dtype)
-            if self.options.batch_size:
-                config = replace(config, batch_size=self.options.batch_size)
-            return TransformersEngine(self.checkpoint.path, config=config, **levels)
-        from zscore.engines.vllm import VllmConfig, VllmEngine
+            reference = TransformersConfig(dtype=options.dtype)
+            if options.batch_size:
+                reference = replace(reference, batch_size=options.batch_size)
+            return TransformersEngine(self.checkpoint.path, config=reference, **levels)
+        from zscore.engines.vllm import VllmConfig, open_vllm
 
-        chosen = {
-            "dtype": self.options.dtype,
-            "max_num_seqs": self.options.batch_size,
-            "gpu_memory_utilization": self.options.gpu_memory_utilization,
-        }
-        settings = {name: value for name, value in chosen.items() if value is not None}
-        return VllmEngine(self.checkpoint.path, config=VllmConfig(**settings), **levels)
+        config = VllmConfig(dtype=options.dtype)
+        if options.batch_size:
+            config = replace(config, max_num_seqs=options.batch_size)
+        if options.gpu_memory_utilization is not None:
+            config = replace(config, gpu_memory_utilization=options.gpu_memory_utilization)
+        return open_vllm(self.checkpoint.path, config=config, **levels)
 
 
 def plan_judge(options: JudgeOptions) -> Judge:
@@ -135,7 +135,10 @@ def plan_judge(options: JudgeOptions) -> Judge:
         )
     checkpoint = read_checkpoint(model)
     rubric = load_rubric(options.rubric or checkpoint.rubric or "z-reward")
-    layout = _layout(options.layout, checkpoint)
+    engine = _engine(options, notices)
+    layout = _layout(options.layout, checkpoint, classified=engine == "vllm" and checkpoint.architecture != SUPPORTED)
+    if engine == "vllm" and checkpoint.architecture != SUPPORTED:
+        notices.append(fallback_notice(checkpoint.architecture))
     if checkpoint.layout and layout != checkpoint.layout:
         notices.append(f"{model} was trained in the {checkpoint.layout} layout; you score in the {layout} one")
     if checkpoint.rubric_hash and rubric.hash != checkpoint.rubric_hash:
@@ -149,7 +152,7 @@ def plan_judge(options: JudgeOptions) -> Judge:
         checkpoint=checkpoint,
         rubric=rubric,
         layout=layout,
-        engine_name=_engine(options, notices),
+        engine_name=engine,
         options=options,
         pixels=_pixels(options, checkpoint),
         weights=weights_hash(checkpoint.path),
@@ -158,13 +161,16 @@ def plan_judge(options: JudgeOptions) -> Judge:
     )
 
 
-def _layout(wanted: str | None, checkpoint: Checkpoint) -> Layout:
-    if wanted is None:
-        return checkpoint.layout or "joint"
+def _layout(wanted: str | None, checkpoint: Checkpoint, *, classified: bool) -> Layout:
+    chosen = wanted or checkpoint.layout or ("separate" if classified else "joint")
+    if classified and chosen == "joint":
+        raise UsageError(
+            f"the joint layout needs {SUPPORTED}, and {checkpoint.id} is a {checkpoint.architecture}: --layout separate"
+        )
     for layout in LAYOUTS:
-        if wanted == layout:
+        if chosen == layout:
             return layout
-    raise UsageError(f"--layout '{wanted}' isn't known: choose {' or '.join(LAYOUTS)}")
+    raise UsageError(f"--layout '{chosen}' isn't known: choose {' or '.join(LAYOUTS)}")
 
 
 def _engine(options: JudgeOptions, notices: list[str]) -> str:

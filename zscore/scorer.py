@@ -138,7 +138,7 @@ class Scorer:
             try:
                 picture = Path(picture).read_bytes()
             except OSError as error:
-                return Failure(Status.MISSING_IMAGE, f"can't read {picture}: {error.strerror}")
+                return Failure(Status.MISSING_IMAGE, f"can't read {os.fspath(picture)!s}: {error.strerror}")
         if isinstance(picture, bytes | bytearray | memoryview):
             return images.load(bytes(picture), options)
         return images.load_array(picture, options)

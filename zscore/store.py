@@ -201,7 +201,7 @@ class RemoteStore:
         """See `Store`: written to a local temporary file first, then uploaded in one go."""
         final = f"{self._prefix}/{name}"
         with _as_output_error(self.path(name)), tempfile.NamedTemporaryFile(prefix="zscore-") as stream:
-            yield stream  # type: ignore[misc]  # tempfile's wrapper is a binary stream in all but name
+            yield stream
             stream.flush()
             if self._uploads_are_atomic:
                 self._fs.put_file(stream.name, final)

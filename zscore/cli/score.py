@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -84,7 +84,7 @@ def score(
     from zscore.samples import ReadOptions
     from zscore.score import ScoreOptions
 
-    read = {"image_keys": image_keys, "prompt_keys": prompt_keys, "group_key": group_key}
+    read: dict[str, Any] = {"image_keys": image_keys, "prompt_keys": prompt_keys, "group_key": group_key}
     options = ScoreOptions(
         inputs=tuple(inputs),
         out=out,
