@@ -107,6 +107,43 @@ def test_the_guarantee_holds_over_many_draws(noise, decimals):
         assert np.mean(false_shares) > 0.07
 
 
+@pytest.mark.parametrize(("minimum", "confidence"), [(3.0, 0.7), (4.5, 0.8), (2.0, 0.95)])
+def test_the_guarantee_holds_for_any_bound(minimum, confidence):
+    """Two hundred draws each, among them bounds that nearly all or hardly any picture reaches."""
+    rng = np.random.default_rng(int(10 * minimum))
+    false_shares = []
+    for _ in range(200):
+        truth = np.clip(np.round(rng.normal(3.5, 1.0, size=400) * 2) / 2, 1, 5)
+        score = truth + rng.normal(0, 0.7, size=400)
+        calibration = with_reference(score[:150], truth[:150], "realism")
+        kept = select_confident(pl.Series(score[150:]), calibration, minimum, confidence, "realism").to_numpy()
+        false_shares.append((truth[150:][kept] < minimum).mean() if kept.any() else 0.0)
+    assert np.mean(false_shares) <= 1 - confidence + 2 * np.std(false_shares) / np.sqrt(200)
+
+
+def test_scores_that_say_nothing_keep_next_to_nothing():
+    """Noise can't reach a share of 90 % where half are bad, and mustn't pretend to."""
+    rng = np.random.default_rng(0)
+    kept_shares = []
+    for _ in range(100):
+        truth = rng.choice([3.0, 5.0], size=600)
+        calibration = with_reference(rng.normal(size=300), truth[:300])
+        kept_shares.append(select_confident(pl.Series(rng.normal(size=300)), calibration, 4.0, 0.9).mean())
+    assert np.mean(kept_shares) < 0.02
+
+
+def test_more_confidence_never_keeps_more():
+    rng = np.random.default_rng(1)
+    truth = rng.integers(2, 11, size=300) / 2
+    calibration = with_reference(truth + rng.normal(0, 0.6, size=300), truth)
+    scores = pl.Series(rng.normal(3.5, 1.2, size=500))
+    thresholds = [confident_threshold(scores, calibration, 4.0, level) for level in (0.5, 0.7, 0.9, 0.95, 0.99)]
+    assert thresholds == sorted(thresholds)
+    bounds = [confident_threshold(scores, calibration, minimum, 0.8) for minimum in (1.0, 2.5, 4.0, 5.0)]
+    assert bounds == sorted(bounds)
+    assert bounds[0] == -np.inf  # all are at least 1
+
+
 class TestFit:
     @pytest.mark.parametrize(("temperature", "shift"), [(0.5, 0.0), (2.0, 0.0), (1.0, 0.7), (1.6, -0.5)])
     def test_finds_what_was_done(self, temperature, shift):

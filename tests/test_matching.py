@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.tars import FUZZ
 from zscore.errors import TableError, UsageError
 from zscore.evaluation import evaluate
 from zscore.human import Ratings, aggregate
@@ -133,3 +136,33 @@ class TestMatching:
         assert report.metrics["plcc"].value is None
         assert "one group only" in report.metrics["margin_hpa"].undefined
         assert report.distribution == {}
+
+
+names = st.tuples(st.sampled_from(["a", "b"]), st.sampled_from(["x", "y", "z"]))
+
+
+class TestLikeALoop:
+    @settings(FUZZ, max_examples=40)
+    @given(st.lists(names, unique=True, min_size=1), st.lists(names, unique=True, min_size=1), st.booleans())
+    def test_by_shard_and_key(self, scored, rated, suffixes):
+        scores = scores_frame([(f"{shard}.tar", i, key, f"p{key}") for i, (shard, key) in enumerate(scored)])
+        ending = (".tar", ".png") if suffixes else ("", "")
+        rows = [(shard + ending[0], key + ending[1], 1 + i / 8) for i, (shard, key) in enumerate(rated)]
+        ratings = ratings_of(rows, ["shard", "key", "score"])
+        there = [pair for pair in rated if pair in scored]
+        if not there:
+            with pytest.raises(TableError, match="none of the"):
+                matched(scores, ratings, allow_missing=True)
+            return
+        if len(there) < len(rated):
+            with pytest.raises(TableError, match=f"{len(rated) - len(there)} of the {len(rated)} rated samples"):
+                matched(scores, ratings)
+        found = matched(scores, ratings, allow_missing=True)
+        (comparison,) = found.comparisons
+        expected = sorted(
+            (round(float(scores["alignment"][scored.index(pair)]), 9), 1 + rated.index(pair) / 8) for pair in there
+        )
+        pairs = zip(comparison.score_N.tolist(), comparison.human_N.tolist(), strict=True)
+        assert sorted(pairs) == [pytest.approx(one) for one in expected]
+        assert found.missing == len(rated) - len(there)
+        assert len(set(comparison.group_N.tolist())) == len({key for _, key in there})
