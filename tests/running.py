@@ -33,6 +33,10 @@ class Shared:
     def __getattr__(self, name):
         return getattr(self._planned, name)
 
+    def reload(self):
+        self.loaded.close()
+        self.loaded = self._planned.engine()
+
     def engine(self):
         self.loads += 1
         return KeptOpen(self.loaded)
