@@ -193,7 +193,7 @@ class LiveReporter:
 
 def summary_table(summary: Summary) -> Table:
     """Counts by status, for the end of a run."""
-    table = Table(title=f"{summary.rows} rows in {summary.out}", title_justify="left")
+    table = Table()
     table.add_column("status")
     table.add_column("rows", justify="right")
     table.add_column("share", justify="right")

@@ -44,17 +44,18 @@ def demo(
 
 
 def _table(scores: Path) -> object:
-    """The first rows, readable."""
+    """A few rows, readable at 80 columns."""
     import polars as pl
     from rich.table import Table
 
     frame = pl.read_parquet(scores)
     dimensions = [name.removesuffix("_probs") for name in frame.columns if name.endswith("_probs")]
-    table = Table(title=f"{frame.height} rows; the first of each shard", title_justify="left")
-    for column in ("shard", "key", "prompt", "overall", *dimensions):
-        table.add_column(column, no_wrap=column in {"shard", "key"})
+    table = Table(title=f"{frame.height} rows; the first of each shard", title_justify="left", box=None)
+    table.add_column("key", no_wrap=True)
+    table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=22)
+    for column in ("overall", *dimensions):
+        table.add_column(column, justify="right", no_wrap=True)
     heads = frame.group_by("shard", maintain_order=True).head(2)
     for row in heads.iter_rows(named=True):
-        levels = [f"{row[name]:.2f} ± {row[f'{name}_std']:.2f}" for name in dimensions]
-        table.add_row(row["shard"], row["key"], row["prompt"], f"{row['overall']:.2f}", *levels)
+        table.add_row(row["key"], row["prompt"], *(f"{row[name]:.2f}" for name in ("overall", *dimensions)))
     return table

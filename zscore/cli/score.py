@@ -171,6 +171,7 @@ def _finish(summary: Summary, max_failed: float, *, quiet: bool) -> None:
         out = Console()
         if summary.already_done:
             out.print(f"{summary.out} is complete: nothing to do", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"{summary.rows} rows in {summary.out}", markup=False, highlight=False, soft_wrap=True)
         out.print(summary_table(summary))
         if summary.scored:
             speed = summary.scored / summary.seconds

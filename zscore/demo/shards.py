@@ -20,7 +20,7 @@ COLOURS = {"red": "#d03030", "green": "#30a040", "blue": "#3050d0", "yellow": "#
 SHAPES = ("circle", "square", "triangle")
 
 
-def write_demo_shards(folder: Path, *, shards: int = 4, prompts_per_shard: int = 4, seed: int = 0) -> list[Path]:
+def write_demo_shards(folder: Path, *, shards: int = 4, prompts_per_shard: int = 2, seed: int = 0) -> list[Path]:
     """Write webdataset shards; samples are `.png` + `.json` with a `prompt` field.
 
     Returns:
