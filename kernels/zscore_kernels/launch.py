@@ -72,18 +72,15 @@ def power_of_two(number: int) -> int:
 
 
 @cache
-def triton_missing() -> str | None:
-    """Why triton can't be imported, or None where it can."""
+def _compiled() -> dict[str, Any]:
+    """Every kernel by name, as triton.jit made it."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
-        return str(error)
-    return None
-
-
-@cache
-def _compiled() -> dict[str, Any]:
-    """Every kernel by name, as triton.jit made it."""
+        raise RuntimeError(
+            f"the score head's kernels need triton, which can't be imported ({error}); "
+            "install triton>=3.6,<3.10 or pass backend='reference'"
+        ) from error
     from zscore_kernels import head_kernels, vocabulary_kernels
 
     return {**vars(head_kernels), **vars(vocabulary_kernels)}
@@ -95,34 +92,39 @@ def _interpreted() -> dict[str, Any]:
 
     TRITON_INTERPRET=1 does the same for a whole process, and only if set before triton is imported.
     """
+    namespace = dict(_compiled())
     from triton import language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    namespace = dict(_compiled())
-    for name, kernel in _compiled().items():
-        if isinstance(kernel, JITFunction):
-            function = FunctionType(kernel.fn.__code__, namespace, name, kernel.fn.__defaults__)
-            function.__annotations__ = kernel.fn.__annotations__
-            namespace[name] = InterpretedFunction(function)
+    for name, found in _compiled().items():
+        if isinstance(found, JITFunction):
+            function = FunctionType(found.fn.__code__, namespace, name, found.fn.__defaults__)
+            function.__annotations__ = found.fn.__annotations__
+            interpreted = InterpretedFunction(function)
+            # What a kernel calls is called directly: the interpreter would patch triton.language again for every call.
+            namespace[name] = interpreted if name.endswith("_kernel") else interpreted.rewrite()
     # The interpreter sums with numpy where it knows the combine function, and element by element where it doesn't.
     namespace["add"] = getattr(tl.standard, "_sum_combine", namespace["add"])
     namespace["larger"] = getattr(tl.standard, "_elementwise_max", namespace["larger"])
     return namespace
 
 
+def kernel(name: str, beside: Tensor) -> Any:
+    """The kernel that runs on the device of `beside`."""
+    return (_interpreted() if beside.device.type == "cpu" else _compiled())[name]
+
+
 def _launch(name: str, grid: tuple[int, ...], *args: object, beside: Tensor, **constants: object) -> None:
     """Runs a kernel on the device of `beside`."""
-    if beside.device.type == "cpu":
-        _interpreted()[name][grid](*args, **constants)
-        return
+    found = kernel(name, beside)
     with _on(beside):
-        _compiled()[name][grid](*args, **constants, **_OPTIONS)
+        found[grid](*args, **constants, **_OPTIONS)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, whatever the tensors say."""
-    if tensor.device.index == torch.cuda.current_device():
+    if tensor.device.type == "cpu" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
 

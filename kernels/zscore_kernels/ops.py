@@ -169,9 +169,10 @@ def _backward_kl(ctx: Any, grad_loss_B: Tensor, _: Tensor) -> tuple[Tensor | Non
 def _setup_from_logits(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
 ) -> None:
-    del keyword_only_inputs
     logits_BV, token_ids_K, values_K, ctx.temperature = inputs
     ctx.set_materialize_grads(False)
+    if not keyword_only_inputs["with_mass"]:
+        ctx.mark_non_differentiable(output[3])
     ctx.save_for_backward(logits_BV, token_ids_K, values_K, output[2], output[3])
 
 
@@ -186,7 +187,7 @@ def _backward_from_logits(
     grad_BK = score_gradient(
         logits_BK, values_K, grad_probs_BK, grad_stats_3B, grad_logits_BK, temperature=ctx.temperature
     )
-    grad_mass_B = None if grad_mass_3B is None else grad_mass_3B[0]
+    grad_mass_B = None if grad_mass_3B is None or not mass_3B.numel() else grad_mass_3B[0]
     return from_logits_gradient(logits_BV, token_ids_K, grad_BK, mass_3B, grad_mass_B), None, None, None
 
 

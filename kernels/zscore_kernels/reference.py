@@ -9,14 +9,13 @@ Shape suffixes: B rows, C rows of a chunk, H hidden size, K score classes, V voc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import torch
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.autograd.function import FunctionCtx
 
     from zscore_kernels.checks import Reduction
 
@@ -116,7 +115,7 @@ def _result_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _logits(hidden_BH: Tensor, weight_KH: Tensor, bias_K: Tensor | None, temperature: float) -> Tensor:
-    logits_BK = cast("Tensor", _Project.apply(hidden_BH, weight_KH))
+    logits_BK = cast("Tensor", _Project.apply(hidden_BH, weight_KH))  # type: ignore[no-untyped-call]
     if bias_K is not None:
         logits_BK = logits_BK + bias_K.double()
     return logits_BK / temperature
@@ -142,7 +141,7 @@ class _Project(torch.autograd.Function):
     """hidden·weightᵀ in float64 with a fixed order of additions; its gradients likewise."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden_BH: Tensor, weight_KH: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_BH: Tensor, weight_KH: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_BH, weight_KH)
         logits_BK = hidden_BH.new_empty((hidden_BH.shape[0], weight_KH.shape[0]), dtype=torch.float64)
         weight64_KH = weight_KH.double()
@@ -154,7 +153,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_BK: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad_BK: Tensor) -> tuple[Tensor | None, Tensor | None]:
         hidden_BH, weight_KH = ctx.saved_tensors
         grad_hidden_BH = grad_weight_KH = None
         if ctx.needs_input_grad[0]:

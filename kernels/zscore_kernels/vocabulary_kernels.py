@@ -65,10 +65,11 @@ def from_logits_kernel(
     p_P = tl.arange(0, P)
     ids_P = tl.load(ids_ptr + p_P, mask=p_P < K, other=0).to(tl.int64)
     # An id outside the vocabulary can't be refused without waiting for the GPU: it reads as NaN, never as a neighbour.
-    known_P = (ids_P >= 0) & (ids_P < V) & (p_P < K)
+    known_P = (ids_P >= 0) & (ids_P < V)
     row_step = row_stride.to(tl.int64) * UNIT
     ptrs_RP = logits_ptr + rows_R[:, None] * row_step + (ids_P * col_stride)[None, :]
-    raw_RP = tl.load(ptrs_RP, mask=in_batch[:, None] & known_P[None, :], other=float("nan")).to(tl.float32)
+    raw_RP = tl.load(ptrs_RP, mask=in_batch[:, None] & known_P[None, :], other=0.0).to(tl.float32)
+    raw_RP = tl.where(known_P[None, :], raw_RP, float("nan"))
     z_RP = tl.where((p_P < K)[None, :], tl.div_rn(raw_RP, temperature), float("-inf"))
     store_head(z_RP, values_ptr, probs_ptr, stats_ptr, out_ptr, rows_R, num_rows, K)
     if WITH_MASS:

@@ -1,0 +1,109 @@
+"""The kernels as torch operators: schemas, shapes without data, torch.compile, second gradients, autocast."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.kernels.oracle import Case
+from zscore_kernels import score_from_logits, score_head, score_head_kl
+
+pytest.importorskip("triton")
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+IDS = torch.tensor([1, 7, 4])
+
+
+def samples():
+    from zscore_kernels import ops
+
+    hidden_BH, weight_KH, values_K, bias_K = Case(rows=2, width=8, classes=3).tensors()
+    target_BK = Case(rows=2, classes=3).target()
+    grad_BK, grad_3B, mass_3B = torch.ones(2, 3), torch.ones(3, 2), torch.zeros(3, 2)
+    return [
+        (ops.head, (hidden_BH, weight_KH, values_K, bias_K, 1.0), {}),
+        (ops.head_kl, (hidden_BH, weight_KH, target_BK, None, 1.0), {}),
+        (ops.from_logits, (hidden_BH, IDS, values_K, 1.0), {"with_mass": True}),
+        (ops.from_logits, (hidden_BH, IDS, values_K, 1.0), {"with_mass": False}),
+        (ops.score_gradient, (grad_BK, values_K, grad_BK, grad_3B, None), {"temperature": 1.0}),
+        (ops.hidden_gradient, (grad_BK, weight_KH.detach(), torch.bfloat16), {}),
+        (ops.weight_gradient, (grad_BK, hidden_BH.detach(), torch.float32), {}),
+        (ops.from_logits_gradient, (hidden_BH.detach(), IDS, grad_BK, mass_3B, grad_3B[0]), {}),
+    ]
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_operators_keep_torch_s_rules(index):
+    operator, arguments, options = samples()[index]
+    torch.library.opcheck(operator, arguments, options, test_utils=CHECKS)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiles_without_a_graph_break():
+    hidden_BH, weight_KH, values_K, bias_K = Case(rows=2, width=8, classes=3).tensors()
+    target_BK = Case(rows=2, classes=3).target()
+
+    def step(hidden_BH, weight_KH, bias_K):
+        head = score_head(hidden_BH * 2, weight_KH, values_K, bias_K, backend="triton")
+        loss = score_head_kl(hidden_BH, weight_KH, target_BK, bias_K, backend="triton")
+        return head.mean_B.sum() + head.entropy_B.sum() + loss
+
+    wanted = step(hidden_BH, weight_KH, bias_K)
+    gradients = torch.autograd.grad(wanted, [hidden_BH, weight_KH, bias_K])
+    found = torch.compile(step, backend="aot_eager", fullgraph=True)(hidden_BH, weight_KH, bias_K)
+    assert torch.equal(found, wanted)
+    for one, other in zip(torch.autograd.grad(found, [hidden_BH, weight_KH, bias_K]), gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("operation", ["head", "kl", "from_logits"])
+def test_second_gradients_are_refused(operation):
+    hidden_BH, weight_KH, values_K, _ = Case(rows=2, width=8, classes=3).tensors()
+    if operation == "head":
+        output = score_head(hidden_BH, weight_KH, values_K, backend="triton").mean_B.sum()
+    elif operation == "kl":
+        output = score_head_kl(hidden_BH, weight_KH, Case(rows=2, classes=3).target(), backend="triton")
+    else:
+        output = score_from_logits(hidden_BH, IDS, values_K, backend="triton").mean_B.sum()
+    (gradient,) = torch.autograd.grad(output, hidden_BH, create_graph=True)
+    with pytest.raises(NotImplementedError, match="the score head has no second derivative"):
+        gradient.sum().backward()
+
+
+def test_reference_refuses_second_gradients_too():
+    hidden_BH, weight_KH, values_K, _ = Case().tensors()
+    output = score_head(hidden_BH, weight_KH, values_K, backend="reference").mean_B.sum()
+    (gradient,) = torch.autograd.grad(output, hidden_BH, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_autocast_changes_nothing(backend):
+    tensors = Case(rows=2).tensors(grad=False)
+    wanted = score_head(*tensors, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = score_head(*tensors, backend=backend)
+    assert all(torch.equal(one, other) and one.dtype == torch.float32 for one, other in zip(found, wanted, strict=True))
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        tensors = Case(rows=2).tensors(grad=False)
+        assert score_head(*tensors, backend="triton").mean_B.shape == (2,)
+
+
+def test_importing_loads_no_triton_and_its_own_switch_works_too():
+    """With TRITON_INTERPRET=1 triton.jit itself interprets; everywhere else in these tests the launcher does."""
+    script = (
+        "import sys, torch, zscore_kernels as z\n"
+        "assert 'triton' not in sys.modules\n"
+        "head = z.score_head(torch.ones(1, 4), torch.zeros(2, 4), torch.tensor([1.0, 3.0]), backend='triton')\n"
+        "assert head.mean_B.tolist() == [2.0], head\n"
+        "assert z.backend_calls == {'interpreter': 1}, z.backend_calls\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
