@@ -23,7 +23,7 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 # The pipes must have these numbers in the browser's process.
 READS, WRITES = 3, 4
-PATIENCE = 30
+PATIENCE = 90
 OPTIONS = (
     "--headless",
     "--no-sandbox",

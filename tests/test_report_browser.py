@@ -388,10 +388,17 @@ def test_without_scripts_the_numbers_are_there(browser: Browser, plain: Path) ->
 
 
 @pytest.mark.parametrize(
-    "rows", [[], [row(0, status="bad_image")], [row(0, means=4)], [row(0, means=3), row(1, means=3)]]
+    "rows",
+    [
+        [],
+        [row(0, status="bad_image"), row(1, status="bad_text")],
+        [row(0, means=4)],
+        [row(0, means=3), row(1, means=3)],
+    ],
 )
 def test_tables_of_next_to_nothing_make_a_page(browser: Browser, tmp_path: Path, rows: list[Any]) -> None:
     page = browser.open(made(tmp_path, write_scores(tmp_path / "s.parquet", rows)), width=375)
     assert page.complaints == []
+    assert page.eval("[...document.querySelectorAll('.plot-box')].every(box => box.querySelector('svg'))")
     assert page.eval("document.documentElement.scrollWidth") <= 375
     page.close()

@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from base64 import b64encode
 from html.parser import HTMLParser
 from pathlib import Path
@@ -154,7 +156,7 @@ def test_an_empty_table_makes_a_page_that_says_so(tmp_path: Path) -> None:
     page, summary = report(write_scores(tmp_path / "s.parquet", []), tmp_path)
     assert (summary.rows, summary.scored) == (0, 0)
     assert "The table is empty" in page.text
-    assert page.data == {}
+    assert page.data == {"statuses": []}
     assert "svg" not in page.tags
 
 
@@ -236,6 +238,22 @@ def test_a_table_of_few_columns_shows_what_it_has(tmp_path: Path) -> None:
     assert page.data["uncertainty"] == []
     assert "Best of N" not in page.text
     assert "Most uncertain" not in page.text
+
+
+def test_the_heading_is_what_the_user_called_the_table(tmp_path: Path) -> None:
+    parts = write_parts(tmp_path / "parts", random_rows(2, rows=40))
+    page, _ = report(parts, tmp_path, sources=(f"{parts}/",))
+    assert "Scores in parts" in page.text
+    page, _ = report(parts, tmp_path)
+    assert "Scores in s-0000" in page.text
+    assert "and 3 more" in page.text
+
+
+def test_no_zero_has_a_sign(tmp_path: Path) -> None:
+    rows = [row(n, means=[1 + n % 2, 1 + n // 2 % 2, 3, 3.001 - n / 1e6]) for n in range(8)]
+    page, _ = report(write_scores(tmp_path / "s.parquet", rows), tmp_path)
+    assert "0.00" in page.text
+    assert "−0.00" not in page.text
 
 
 def test_no_pictures_are_shown_when_none_are_wanted(tmp_path: Path) -> None:
@@ -331,6 +349,19 @@ def test_the_command_writes_a_page(app: typer.Typer, tmp_path: Path, monkeypatch
     quiet = CliRunner().invoke(app, ["report", "scores.parquet", "--quiet", "-o", "other.html"])
     assert (quiet.exit_code, quiet.output) == (0, "")
     assert "Run 7" not in (tmp_path / "other.html").read_text()
+
+
+def test_no_model_library_is_loaded(tmp_path: Path) -> None:
+    path, shards = write_with_pictures(tmp_path)
+    code = (
+        "import sys; from zscore.cli import main\n"
+        f"sys.argv = ['zscore', 'report', {str(path)!r}, '--shards', {str(shards)!r}, '--out', {str(tmp_path / 'r.html')!r}]\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "print(*{name.split('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "vllm", "triton", "scipy", "matplotlib"} & set(done.stdout.split())
 
 
 def test_the_command_tells_of_pictures_that_it_cant_show(app: typer.Typer, tmp_path: Path) -> None:

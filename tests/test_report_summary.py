@@ -152,6 +152,11 @@ def test_pictures_are_counted_once(table: Scores) -> None:
     assert count_pictures(table) == frame["sha256"].n_unique() < frame.height
 
 
+def test_pictures_without_a_digest_arent_counted_as_one(tmp_path: Path) -> None:
+    path = write_scores(tmp_path / "s.parquet", [row(0), row(1, sha256=None)])
+    assert count_pictures(open_scores(str(path))) is None
+
+
 def test_a_description_is_numpys(numbers: Numbers) -> None:
     for line in describe(numbers):
         values = numbers.score[line["name"]].astype(np.float64)

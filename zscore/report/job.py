@@ -27,6 +27,8 @@ from zscore.report.summary import (
 from zscore.table_output import check_targets, written
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from zscore.report.picks import Gallery, Group
     from zscore.report.pictures import Thumbnails
     from zscore.report.summary import Numbers
@@ -85,7 +87,7 @@ def write_report(scores: Scores, options: ReportOptions) -> ReportSummary:
     columns = columns_of(scores)
     statuses = read_statuses(scores)
     page = Page(
-        title=options.title or f"Scores in {scores.name.rpartition('/')[2]}",
+        title=options.title or _title(options.sources or scores.files),
         sources=options.sources or scores.files,
         metadata=scores.metadata,
         columns=columns,
@@ -104,6 +106,11 @@ def write_report(scores: Scores, options: ReportOptions) -> ReportSummary:
         assert stream is not None
         stream.write(html)
     return ReportSummary(page.rows, page.scored, page.pictures, tuple(page.faults), len(html))
+
+
+def _title(sources: Sequence[str]) -> str:
+    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+    return f"Scores in {sources[0].rstrip('/').rpartition('/')[2]}{more}"
 
 
 def _add_charts(page: Page, scores: Scores, numbers: Numbers, options: ReportOptions) -> None:

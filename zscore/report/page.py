@@ -17,7 +17,6 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from zscore.report.provenance import facts_of
 from zscore.report.summary import WIDTH_BINS
@@ -100,10 +99,12 @@ class Page:
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the scripts draw from; empty where there are no scores."""
+        """What the scripts draw from."""
+        statuses = [[line.status, line.count] for line in self.statuses]
         if self.grid is None:
-            return {}
+            return {"statuses": statuses}
         return {
+            "statuses": statuses,
             "scores": self.columns.scores,
             "rows": self.scored,
             "stops": self.grid.stops,
@@ -112,7 +113,6 @@ class Page:
             **self.thresholds,
             "groups": self.groups.groups if self.groups else 0,
             "covered": self.groups.covered if self.groups else [],
-            "statuses": [[line.status, line.count] for line in self.statuses],
             "correlation": self.correlation,
             "uncertainty": [{"name": line["name"], "cells": line["cells"]} for line in self.uncertainty],
             "std_bins": WIDTH_BINS,
@@ -156,9 +156,9 @@ def render(page: Page) -> str:
     return environment.get_template("page.html.jinja").render(
         page=page,
         policy=policy(),
-        # Ours, and checked by `_asset`; everything else in the template is escaped.
-        style=Markup(_asset(STYLE)),  # noqa: S704
-        scripts=[Markup(_asset(name)) for name in SCRIPTS],  # noqa: S704
+        # Ours, and checked by `_asset`; the template escapes everything else.
+        style=_asset(STYLE),
+        scripts=[_asset(name) for name in SCRIPTS],
         licences={name: _asset(file) for name, file in LICENCES.items()},
         facts=facts_of(page.metadata),
         footer=json.dumps(_short(page.metadata), indent=2, ensure_ascii=False, sort_keys=True),
@@ -175,7 +175,10 @@ def _short(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score(value: float | None, decimals: int = 2) -> str:
-    return "–" if value is None else f"{value:.{decimals}f}".replace("-", "−")
+    if value is None:
+        return "–"
+    # Adding 0 makes a zero of a minus zero.
+    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
 
 
 def _share(count: float, total: float) -> str:

@@ -127,7 +127,7 @@ def _thumbnail(data: bytes | Failure, digest: str | None) -> Thumbnail | str:
     encoded = b""
     for quality in QUALITIES:
         buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=quality, method=4)
+        image.save(buffer, "WEBP", quality=quality, method=2)  # 4 takes twice as long for 3 % fewer bytes
         encoded = buffer.getvalue()
         if len(encoded) <= MOST_BYTES:
             break

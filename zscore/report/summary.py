@@ -150,10 +150,12 @@ def count_unscored(scores: Scores, numbers: Numbers) -> int:
 
 
 def count_pictures(scores: Scores) -> int | None:
-    """Different pictures among the scored rows; None where the table doesn't say."""
+    """Different pictures among the scored rows; None where the table doesn't say, or not of all."""
     if "sha256" not in scores.schema:
         return None
-    return int(fetch(scores.frame.filter(is_ok()).select(pl.col("sha256").n_unique()), scores.name).item())
+    digests = pl.col("sha256")
+    found = fetch(scores.frame.filter(is_ok()).select(digests.n_unique(), nulls=digests.null_count()), scores.name)
+    return None if found["nulls"][0] else int(found["sha256"][0])
 
 
 def grid_for(values: Sequence[float], numbers: Numbers) -> Grid:

@@ -4,6 +4,10 @@ const charts = (() => {
   const whole = d3.format(",");
   const percent = (share) => d3.format(".1%")(share);
   const score = (value) => d3.format(".2f")(value);
+  /** With two decimals and a true minus, but for −0.00. */
+  const signed = (value) => score(Math.abs(value) < 0.005 ? 0 : value);
+  const short = (name, most) => (name.length > most ? `${name.slice(0, most - 1)}…` : name);
+  const marginFor = (names, most) => 18 + 6.8 * d3.max(names, (name) => short(name, most).length);
   const frame = { className: "plot", marginTop: 12, marginBottom: 24 };
 
   /** Bins of one score as bars of `width` stops; what lies below the first stop or on the last joins its neighbour. */
@@ -34,16 +38,18 @@ const charts = (() => {
     return { domain: [data.stops[0], data.stops.at(-1)], ticks: ticks(data, width), label: null };
   }
 
-  const countAxis = { grid: true, ticks: 4, tickFormat: "~s", label: null };
+  const countAxis = (drawn) => (
+    { grid: true, ticks: Math.min(4, d3.max(drawn, (bar) => bar.count)), tickFormat: "~s", label: null });
 
   function statuses(data, width) {
     const rows = data.statuses.map(([status, count]) => ({ status, count }));
+    const most = width < 500 ? 17 : 30;
     const label = ({ count }) => `${whole(count)}  (${percent(count / d3.sum(rows, (row) => row.count))})`;
     return Plot.plot({
-      ...frame, width, marginTop: 4, marginBottom: 4, marginLeft: 130, marginRight: 118,
+      ...frame, width, marginTop: 4, marginBottom: 4, marginLeft: marginFor(rows.map((row) => row.status), most), marginRight: 118,
       height: 12 + 30 * rows.length,
       x: { axis: null },
-      y: { domain: rows.map((row) => row.status), label: null, tickSize: 0 },
+      y: { domain: rows.map((row) => row.status), label: null, tickSize: 0, tickFormat: (name) => short(name, most) },
       marks: [
         Plot.barX(rows, { x: "count", y: "status", insetTop: 2, insetBottom: 2,
           fill: ({ status }) => (status === "ok" ? "var(--accent)" : "var(--warn)") }),
@@ -56,9 +62,9 @@ const charts = (() => {
     const drawn = bars(data, s, Math.max(1, Math.ceil((data.stops.length - 1) / 40)));
     return Plot.plot({
       ...frame, width, height: 190, marginLeft: 38, marginRight: 12,
-      x: xAxis(data, width), y: countAxis,
+      x: xAxis(data, width), y: countAxis(drawn),
       marks: [
-        Plot.rectY(drawn, { x1: "x1", x2: "x2", y: "count", fill: "var(--accent)", insetLeft: 0.5, insetRight: 0.5,
+        Plot.rectY(drawn, { x1: "x1", x2: "x2", y: "count", fill: "var(--accent)", fillOpacity: 0.65, inset: 0.5,
           title: barTitle(data), tip: true }),
         Plot.ruleY([0]),
         Plot.ruleX([mean], { stroke: "var(--ink)", strokeWidth: 1.5 }),
@@ -67,11 +73,12 @@ const charts = (() => {
   }
 
   function parted(data, s, at, width) {
+    const drawn = bars(data, s, 1);
     return Plot.plot({
       ...frame, width, height: 230, marginLeft: 42, marginRight: 14,
-      x: xAxis(data, width), y: countAxis,
+      x: xAxis(data, width), y: countAxis(drawn),
       marks: [
-        Plot.rectY(bars(data, s, 1), { x1: "x1", x2: "x2", y: "count", insetLeft: 0.4, insetRight: 0.4,
+        Plot.rectY(drawn, { x1: "x1", x2: "x2", y: "count", insetLeft: 0.4, insetRight: 0.4,
           fill: (bar) => (bar.from >= at ? "var(--accent)" : "var(--dropped)"), title: barTitle(data), tip: true }),
         Plot.ruleY([0]),
         Plot.ruleX([data.stops[at]], { stroke: "var(--ink)", strokeWidth: 2 }),
@@ -101,21 +108,24 @@ const charts = (() => {
   function correlation(data, width) {
     const { names, spearman } = data.correlation;
     const cells = names.flatMap((a, i) => names.map((b, j) => ({ a, b, value: spearman[i][j], self: i === j })));
-    const narrow = width / names.length < 110;
-    const size = Math.min(width, 130 + 110 * names.length);
+    const named = marginFor(names, 30);
+    const narrow = (width - named) / names.length < named - 10; // no name would fit over its column
+    const most = narrow ? 14 : 30;
+    const margin = marginFor(names, most);
+    const size = Math.min(width, margin + 110 * names.length);
+    const scale = { domain: names, label: null, tickSize: 0, tickFormat: (name) => short(name, most) };
     return Plot.plot({
-      ...frame, width: size, height: 50 + names.length * (narrow ? 54 : 62), padding: 0.04,
-      marginLeft: 92, marginRight: 8, marginTop: narrow ? 78 : 30, marginBottom: 4,
-      x: { axis: "top", domain: names, label: null, tickSize: 0, tickRotate: narrow ? -40 : 0 },
-      y: { domain: names, label: null, tickSize: 0 },
+      ...frame, width: size, height: (narrow ? margin : 30) + names.length * (narrow ? 50 : 62), padding: 0.04,
+      marginLeft: margin, marginRight: 8, marginTop: narrow ? margin : 30, marginBottom: 2,
+      x: { axis: "top", ...scale, tickRotate: narrow ? -90 : 0 },
+      y: scale,
       marks: [
         Plot.cell(cells, { x: "b", y: "a", rx: 4,
           fill: (d) => (d.self ? "var(--line)" : d.value < 0 ? "var(--warn)" : "var(--accent)"),
           // At most a half, so that the ink is readable on it in dark and in light.
           fillOpacity: (d) => (d.self ? 0.6 : 0.06 + 0.44 * Math.abs(d.value ?? 0)) }),
-        Plot.text(cells, { x: "b", y: "a", fontSize: 13, fontWeight: 600,
-          fill: "var(--ink)",
-          text: (d) => (d.value === null ? "–" : d.value.toFixed(2).replace("-", "−")) }),
+        Plot.text(cells, { x: "b", y: "a", fontSize: 13, fontWeight: 600, fill: "var(--ink)",
+          text: (d) => (d.value === null ? "–" : signed(d.value)) }),
       ],
     });
   }
@@ -145,5 +155,5 @@ const charts = (() => {
     });
   }
 
-  return { statuses, histogram, parted, curve, correlation, uncertainty, whole, percent, score };
+  return { statuses, histogram, parted, curve, correlation, uncertainty, whole, percent, score, signed };
 })();

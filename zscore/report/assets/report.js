@@ -25,8 +25,8 @@
     return redraw;
   }
 
-  if (!data.scores) return;
   mount("status-chart", (width) => charts.statuses(data, width));
+  if (!data.scores) return;
   const means = data.scores.map((_, s) => d3.sum(data.sums[s][s]) / data.rows);
   data.scores.forEach((_, s) => mount(`score-${s}`, (width) => charts.histogram(data, s, width, means[s])));
   if (data.correlation) mount("correlation-chart", (width) => charts.correlation(data, width));
@@ -71,7 +71,7 @@
       const of = meanOf(score, t, at);
       const change = of === null ? null : of - means[t];
       row.cells[2].textContent = of === null ? "–" : charts.score(of);
-      row.cells[3].textContent = change === null ? "–" : d3.format("+.2f")(change);
+      row.cells[3].textContent = change === null ? "–" : `${change < 0.005 ? "" : "+"}${charts.signed(change)}`;
     });
     const name = data.scores[score] === "overall" ? "" : `${data.scores[score]}=`;
     byId("t-command").textContent = `${data.command} --min ${quoted(`${name}${written(at)}`)}`;
