@@ -107,6 +107,24 @@ def test_lockstep_batches_depend_on_the_shard_alone():
     assert all(len(batch) == 4 for batch in alone.batches[:-1])
 
 
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_failures_behind_a_slow_picture_don_t_pile_up(lockstep):
+    taken = []
+
+    def items():
+        yield prepared(0)
+        for _ in range(3000):
+            taken.append(1)
+            yield prepared(4)
+        yield END
+
+    with Prefetch(items(), 3) as queue:
+        rows = feed(queue, FakeEngine(lockstep=lockstep, max_in_flight=50))
+        assert next(rows).index == 0
+        assert len(taken) < 300
+        assert sum(1 for _ in rows) == 3001
+
+
 def test_an_error_of_the_stages_before_reaches_the_caller():
     def broken():
         yield prepared(0)

@@ -137,3 +137,13 @@ def test_rare_text_survives(tmp_path):
     write(path, [rows_to_table([odd], TINY)], {"text": text})
     assert pq.read_table(path)["prompt"].to_pylist() == [text]
     assert json.loads(pq.read_metadata(path).metadata[b"zscore"])["text"] == text
+
+
+def test_long_prompts_leave_memory_early(tmp_path, monkeypatch):
+    monkeypatch.setattr("zscore.parquet.BYTES_PER_GROUP", 100_000)
+    long = [
+        ScoreRow("a.tar", n, "k", "x" * 30_000, "g", Status.BAD_TEXT, "e", None, None, None, None) for n in range(9)
+    ]
+    write(tmp_path / "s.parquet", [rows_to_table([entry], TINY) for entry in long])
+    assert pq.read_metadata(tmp_path / "s.parquet").num_row_groups == 3
+    assert pq.read_table(tmp_path / "s.parquet")["index"].to_pylist() == list(range(9))

@@ -272,6 +272,65 @@ def test_a_too_long_prompt_fails_alone(judge, tmp_path):
     ]
 
 
+def test_retrying_only_the_bad_shard_is_refused_and_loses_nothing(judge, tmp_path):
+    write_shards(tmp_path / "in", 3, 2, broken=frozenset({3}))
+    out = tmp_path / "scores.parquet"
+    run(judge, tmp_path / "in", out)
+    before = rows(out)
+    with pytest.raises(OutputMismatchError, match="3 shards, and --retry-failed was given 1"):
+        run(judge, tmp_path / "in" / "t-0001.tar", out, retry_failed=True)
+    assert rows(out) == before
+
+
+def test_retry_of_a_shard_that_was_rewritten_scores_it_anew(judge, tmp_path):
+    write_shards(tmp_path / "in", 1, 4, broken=frozenset({1}))
+    out = tmp_path / "scores.parquet"
+    run(judge, tmp_path / "in", out)
+    members = [member for n in range(3) for member in sample_members(f"new{n}", n)]
+    write_tar(tmp_path / "in" / "t-0000.tar", members)
+    run(judge, tmp_path / "in", out, retry_failed=True)
+    assert [(row["key"], row["index"]) for row in rows(out)] == [("new0", 0), ("new1", 1), ("new2", 2)]
+
+
+def test_an_interrupted_retry_survives_the_plain_command(judge, tmp_path):
+    write_shards(tmp_path / "in", 3, 2, broken=frozenset({1, 5}))
+    out = tmp_path / "scores.parquet"
+    run(judge, tmp_path / "in", out)
+
+    def stop(reporter):
+        if reporter.rows == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(judge, tmp_path / "in", out, Watching(stop), retry_failed=True)
+    assert run(judge, tmp_path / "in", out).already_done
+    again = Watching()
+    run(judge, tmp_path / "in", out, again, retry_failed=True)
+    assert again.rows == 1
+    assert len(rows(out)) == 6
+
+
+def test_a_limit_holds_when_an_earlier_shard_has_changed(judge, tmp_path):
+    folder = tmp_path / "in"
+    write_shards(folder, 3, 3)
+    out = tmp_path / "scores.parquet"
+
+    def stop(reporter):
+        if reporter.rows == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(judge, folder, out, Watching(stop), limit=8)
+    write_tar(folder / "t-0000.tar", [member for n in range(5) for member in sample_members(f"n{n}", n)])
+    run(judge, folder, out, limit=8)
+    assert len(rows(out)) == 8
+
+
+def test_exactly_the_allowed_share_of_failures_is_allowed(judge, tmp_path):
+    write_shards(tmp_path / "in", 1, 20, broken=frozenset({7}))
+    assert run(judge, tmp_path / "in", tmp_path / "s.parquet").failed_share == 0.05
+
+
 def test_no_shard_is_an_error_before_anything_is_written(judge, tmp_path):
     with pytest.raises(ShardNotFoundError):
         run(judge, tmp_path / "none", tmp_path / "s.parquet")

@@ -70,6 +70,7 @@ def test_prompt_and_picture_both_matter(scorer, picture):
         (("a", b"nothing"), "bad_image"),
         (("a", "no/such/file.png"), "missing_image: can't read no/such/file.png"),
         (("word " * 20_000, png(1)), "prompt_too_long"),
+        (("half \ud83e", png(1)), "bad_text: the prompt has half of a surrogate pair"),
         ((3, png(1)), "bad_text: the prompt is a int"),
         (("a", np.zeros((4, 4))), "bad_image"),
     ],

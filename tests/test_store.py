@@ -41,8 +41,11 @@ def test_write_read_list_delete(store):
     store.delete("a")
     store.delete("a")
     assert store.names() == {"b"}
-    store.delete_folder()
-    store.delete_folder()
+    store.delete_if_empty()
+    assert store.names() == {"b"}
+    store.delete("b")
+    store.delete_if_empty()
+    store.delete_if_empty()
     assert store.names() == set()
 
 
@@ -90,20 +93,27 @@ def hold(folder):
         time.sleep(60)
 
 
-def test_a_killed_holder_frees_a_local_lock_and_its_temporary_files(tmp_path):
+def test_a_killed_holder_frees_a_local_lock(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=hold, args=(str(tmp_path),))
     process.start()
     deadline = time.monotonic() + 60
     while not (tmp_path / "held").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    (tmp_path / ".a.parquet.x.tmp").touch()
     store = open_store(str(tmp_path))
     with pytest.raises(OutputLockedError), store.lock("lock"):
         pass
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     with store.lock("lock"):
-        assert not (tmp_path / ".a.parquet.x.tmp").exists()
+        pass
+
+
+def test_sweep_takes_only_the_named_files_leftovers(tmp_path):
+    for name in (".a.parquet.x.tmp", ".b.parquet.x.tmp", "a.parquet", ".a.parquet.kept"):
+        (tmp_path / name).touch()
+    open_store(str(tmp_path)).sweep(["a.parquet"])
+    assert {entry.name for entry in tmp_path.iterdir()} == {".b.parquet.x.tmp", "a.parquet", ".a.parquet.kept"}
+    open_store(str(tmp_path / "none")).sweep(["a.parquet"])
 
 
 def test_a_stale_or_dead_lease_may_be_taken_and_a_live_one_not(monkeypatch):
@@ -120,6 +130,83 @@ def test_a_stale_or_dead_lease_may_be_taken_and_a_live_one_not(monkeypatch):
     assert fs.exists(path)
     second.release()
     assert not fs.exists(path)
+
+
+def test_a_holder_that_was_cut_off_neither_writes_nor_renews_once_it_is_replaced(monkeypatch):
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.02)
+    fs = fsspec.filesystem("memory")
+    path = f"/{uuid.uuid4().hex}/lock"
+    first = Lease(fs, path, "shown")
+    first.acquire()
+    first.check()
+    monkeypatch.setattr(lease_module, "STALE_SECONDS", -1.0)
+    second = Lease(fs, path, "shown")
+    second.acquire()
+    time.sleep(0.2)
+    second.check()
+    with pytest.raises(OutputLockedError, match="another run has taken over shown"):
+        first.check()
+    first.release()
+    second.check()
+    second.release()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"token": "x"}'])
+def test_a_lease_that_can_t_be_understood_is_replaced(content):
+    fs = fsspec.filesystem("memory")
+    path = f"/{uuid.uuid4().hex}/lock"
+    fs.pipe_file(path, content)
+    lease = Lease(fs, path, "shown")
+    lease.acquire()
+    lease.release()
+    assert not fs.exists(path)
+
+
+def test_a_renewal_that_fails_with_anything_is_tried_again(monkeypatch):
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.02)
+    fs = fsspec.filesystem("memory")
+    path = f"/{uuid.uuid4().hex}/lock"
+    lease = Lease(fs, path, "shown")
+    lease.acquire()
+    before = lease._read()["renewed"]
+    write, failed = lease._write, []
+
+    def flaky(*, create):
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("not an OSError")
+        write(create=create)
+
+    monkeypatch.setattr(lease, "_write", flaky)
+    deadline = time.monotonic() + 10
+    while lease._read()["renewed"] == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert failed
+    assert lease._read()["renewed"] > before
+    lease.release()
+
+
+def test_remote_trouble_of_any_kind_is_one_clear_line(monkeypatch):
+    store = open_store(f"memory://{uuid.uuid4().hex}/out")
+
+    class NotAnOSError(Exception):
+        pass
+
+    def broken(*_, **__):
+        raise NotAnOSError("no\ncredentials")
+
+    for method in ("ls", "open", "put_file", "rm_file", "cat_file"):
+        monkeypatch.setattr(type(store._fs), method, broken)
+    for use in (store.names, lambda: store.open("a"), lambda: put(store, "a"), lambda: store.delete("a")):
+        with pytest.raises(OutputError, match="can't use memory://.*: no credentials: check the address"):
+            use()
+    with pytest.raises(OutputError, match="no credentials"), store.lock("lock"):
+        pass
+
+
+def test_an_error_of_the_caller_isn_t_blamed_on_the_output(store):
+    with pytest.raises(FileNotFoundError, match="shard"), store.write("a"):
+        raise FileNotFoundError("the shard is gone")
 
 
 def test_a_lease_of_a_dead_process_of_this_machine_is_free(monkeypatch):
@@ -182,5 +269,7 @@ def test_out_needs_a_file_name_and_a_known_protocol():
     assert split_out("s3://b/c/a.parquet") == ("s3://b/c", "a.parquet")
     with pytest.raises(UsageError, match="no file name"):
         split_out("a/")
+    with pytest.raises(UsageError, match="names no bucket or folder"):
+        split_out("s3://scores.parquet")
     with pytest.raises(UsageError, match="can't write to nosuch://x"):
         open_store("nosuch://x")

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from zscore.engines.base import Engine
 
 
+# Rows that wait for one before them; their prompts may be a megabyte each.
+MAX_WAITING = 128
+
+
 def feed(prepared: Prefetch[Prepared | ShardEnd], engine: Engine) -> Iterator[ScoreRow | ShardEnd]:
     """Score prepared samples; rows come out in the order that the samples went in, each shard's end after its rows.
 
@@ -35,8 +39,10 @@ def feed(prepared: Prefetch[Prepared | ShardEnd], engine: Engine) -> Iterator[Sc
             loop.drain()
         elif item is None:
             loop.step()
-        while loop.in_flight >= engine.max_in_flight:
+        # Failed samples cost the engine nothing, but wait behind those in it for their turn.
+        while loop.in_flight >= engine.max_in_flight or (loop.in_flight and loop.waiting > MAX_WAITING):
             loop.step()
+            yield from loop.finished()
         yield from loop.finished()
 
 
@@ -52,6 +58,10 @@ class _Loop:
     @property
     def in_flight(self) -> int:
         return len(self._by_tag)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
 
     def add(self, item: Prepared | ShardEnd) -> None:
         if isinstance(item, ShardEnd):

@@ -66,8 +66,8 @@ class Output:
     """
 
     def __init__(self, out: str, rubric: Rubric, settings: dict[str, Any], provenance: dict[str, Any]) -> None:
-        self.out = out
-        self.is_folder = out.endswith("/") or (is_local(out) and Path(out.removeprefix("file://")).is_dir())
+        self.out = out = out.removeprefix("file://")
+        self.is_folder = out.endswith("/") or (is_local(out) and Path(out).is_dir())
         self._schema = score_schema(rubric.names, len(rubric.levels))
         self._settings = settings
         self._provenance = provenance
@@ -81,7 +81,10 @@ class Output:
 
     @contextlib.contextmanager
     def locked(self, shards: Sequence[ShardRef]) -> Iterator[None]:
-        """Hold the output for ourselves; machines that fill one folder from different shards don't exclude each other.
+        """Hold the output for ourselves.
+
+        Machines that fill one folder from different shards don't exclude each other; where their shards overlap,
+        they do the same work twice and write the same rows.
 
         Raises:
             OutputLockedError: another run holds it.
@@ -91,10 +94,15 @@ class Output:
             name = f".{LOCK_FILE}-{_digest(chr(10).join(shard.name for shard in shards))}"
         try:
             with self._parts.lock(name):
+                # What was killed while it wrote left a temporary file.
+                self._parts.sweep([self.part_name(shard) for shard in shards])
+                if not self.is_folder:
+                    self._parts.sweep([RUN_FILE])
+                    self._final.sweep([self._name])
                 yield
         finally:
-            if not self.is_folder and self._parts.names() == set():
-                self._parts.delete_folder()
+            if not self.is_folder:
+                self._parts.delete_if_empty()
 
     def final_metadata(self) -> dict[str, Any] | None:
         """Metadata of the finished file, or None where there is none (a folder never has one)."""
@@ -103,27 +111,36 @@ class Output:
         with self._final.open(self._name) as stream:
             return read_metadata(stream, self.out)
 
-    def begin(self, *, overwrite: bool) -> None:
+    def begin(self, shards: Sequence[ShardRef], *, overwrite: bool = False) -> None:
         """Check that what lies here was made with our settings, and write down ours.
 
         Raises:
             OutputMismatchError: it wasn't; names the first field that differs.
         """
         if overwrite:
-            for name in self._parts.names():
-                if name == RUN_FILE or name.endswith(".parquet"):
-                    self._parts.delete(name)
+            for shard in shards:  # in a folder, parts of other machines' shards and foreign files stay
+                self._parts.delete(self.part_name(shard))
+            if not self.is_folder:
+                self.discard_parts()
         elif before := self._run():
             check_settings(before["settings"], self._settings, self.out)
             self.attempt = before["attempt"]
             return
         self._write_run()
 
-    def begin_retry(self) -> None:
-        """Turn a finished output back into parts, so that those with failures can be done again."""
+    def begin_retry(self, shards: Sequence[ShardRef]) -> None:
+        """Turn a finished output back into parts, so that those with failures can be done again.
+
+        Raises:
+            OutputError: there is nothing to retry.
+            OutputMismatchError: it was made with other settings or of other shards.
+        """
         attempt = self.attempt
+        if not self._run() and (self.is_folder or self.final_metadata() is None):
+            raise OutputError(f"--retry-failed: there is no {self.out} yet; run without it first")
+        self._check_retried(shards)
         if self._run().get("retry") or self.is_folder:
-            self.begin(overwrite=False)
+            self.begin(shards)
             if not self.is_folder:  # an interrupted retry goes on where it was
                 return
             self.attempt = attempt
@@ -132,16 +149,57 @@ class Output:
             self._split_final()
         self._write_run(retry=True)
 
+    def _check_retried(self, shards: Sequence[ShardRef]) -> None:
+        """A retry of some shards only would drop the others' rows."""
+        metadata = self.final_metadata()
+        if metadata is None:
+            return
+        before = {name for name, _, _ in metadata["inputs"]}
+        if before != {shard.name for shard in shards}:
+            raise OutputMismatchError(
+                f"{self.out} holds {len(before)} shards, and --retry-failed was given {len(shards)} others or only some"
+                " of them: give the same inputs as before"
+            )
+
+    @property
+    def is_retrying(self) -> bool:
+        """Whether an interrupted retry lies here, whose parts must be kept."""
+        return bool(self._run().get("retry"))
+
+    def check_engine(self, engine: dict[str, str]) -> None:
+        """Hold every part of one output to one engine and dtype, also where those are chosen by the machine.
+
+        Raises:
+            OutputMismatchError: parts that lie here were scored with another.
+        """
+        before = self._run()
+        for field in ("name", "dtype"):
+            if before.get("engine", engine).get(field) != engine[field]:
+                check_settings(
+                    {f"engine {field}": before["engine"][field]}, {f"engine {field}": engine[field]}, self.out
+                )
+        if "engine" not in before:
+            self._write_run(**{**before, "engine": engine})
+
     def _run(self) -> dict[str, Any]:
-        """What run.json says; empty where there is none."""
+        """What run.json says; empty where there is none.
+
+        Raises:
+            OutputMismatchError: it isn't ours.
+        """
         if RUN_FILE not in self._parts.names():
             return {}
-        with self._parts.open(RUN_FILE) as stream:
-            run: dict[str, Any] = json.loads(stream.read())
+        try:
+            with self._parts.open(RUN_FILE) as stream:
+                run = json.loads(stream.read())
+        except ValueError:
+            run = None
+        if not isinstance(run, dict) or not run.keys() >= {"settings", "attempt"}:
+            raise OutputMismatchError(f"{self._parts.path(RUN_FILE)} isn't zscore's: give a folder of its own as --out")
         return run
 
     def _write_run(self, **more: Any) -> None:
-        run = {"settings": self._settings, "attempt": self.attempt, **more}
+        run = {**more, "settings": self._settings, "attempt": self.attempt}
         with self._parts.write(RUN_FILE) as stream:
             stream.write(json.dumps(run, indent=1).encode())
 
@@ -164,6 +222,11 @@ class Output:
             if name not in there:
                 continue
             info = self._part_info(name)
+            if info.shard.url and info.shard.url != shard.url and info.shard.version != shard.version:
+                raise OutputMismatchError(
+                    f"{self.out} has rows of {info.shard.url} under the name {shard.name}, and {shard.url} is another"
+                    " shard of that name: give the folder above both as input, or another --out"
+                )
             if (info.shard.size, info.shard.version) != (shard.size, shard.version):
                 continue
             if retry and info.attempt != self.attempt and info.rows != info.counts.get(Status.OK, 0):
@@ -182,9 +245,12 @@ class Output:
         return PartInfo(shard, part.counts, self.attempt, self._provenance["engine"])
 
     def kept_rows(self, shard: ShardRef) -> pa.Table | None:
-        """The ok rows of a part that is being retried, or None."""
+        """The ok rows of a part that is being retried; None where its shard has changed since, or has no part."""
         name = self.part_name(shard)
         if name not in self._parts.names():
+            return None
+        before = self._part_info(name).shard
+        if (before.size, before.version) != (shard.size, shard.version):
             return None
         with self._parts.open(name) as stream:
             table = pq.read_table(stream)
@@ -224,8 +290,7 @@ class Output:
     def _split_final(self) -> None:
         """Write the finished file's rows back as parts, one shard at a time."""
         metadata = self.final_metadata()
-        if metadata is None:
-            raise OutputError(f"--retry-failed: there is no {self.out} yet; run without it first")
+        assert metadata is not None
         shards = {name: ShardRef("", name, size, version) for name, size, version in metadata["inputs"]}
         with self._final.open(self._name) as stream:
             for name, tables in _by_shard(batches(stream)):

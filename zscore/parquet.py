@@ -26,6 +26,9 @@ METADATA_KEY = b"zscore"
 ROWS_PER_BATCH = 4096
 # Parts are small; the final file wants row groups that readers can skip by.
 ROWS_PER_GROUP = 65_536
+# Prompts may be long: whatever the rows, no more than this waits in memory.
+BYTES_PER_BATCH = 16 << 20
+BYTES_PER_GROUP = 64 << 20
 
 BASE_FIELDS = (
     pa.field("shard", pa.dictionary(pa.int32(), pa.string()), nullable=False),
@@ -80,22 +83,23 @@ class TableWriter:
         self._schema = schema
         self._group_rows = group_rows
         self._pending: list[pa.Table] = []
-        self._pending_rows = 0
+        self._pending_rows = self._pending_bytes = 0
         self.rows = 0
 
     def write(self, table: pa.Table) -> None:
         """Append; rows leave memory once a row group is full."""
         self._pending.append(table.cast(self._schema))
         self._pending_rows += table.num_rows
+        self._pending_bytes += table.nbytes
         self.rows += table.num_rows
-        if self._pending_rows >= self._group_rows:
+        if self._pending_rows >= self._group_rows or self._pending_bytes >= BYTES_PER_GROUP:
             self._flush()
 
     def _flush(self) -> None:
         if self._pending_rows:
             # Chunks from several parts have a dictionary each; one row group wants one.
             self._writer.write_table(pa.concat_tables(self._pending).unify_dictionaries().combine_chunks())
-        self._pending, self._pending_rows = [], 0
+        self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
 
     def close(self, metadata: dict[str, Any]) -> None:
         """Write the rest and the footer."""
@@ -124,12 +128,6 @@ def read_metadata(source: Any, where: str) -> dict[str, Any]:
         raise TableError(f"{where} has no zscore metadata: it isn't a scores file (made by `zscore score`)")
     metadata: dict[str, Any] = json.loads(raw)
     return metadata
-
-
-def copy_batches(source: Any, writer: TableWriter) -> None:
-    """Stream all rows of one part into a writer, a batch at a time."""
-    for batch in batches(source):
-        writer.write(batch)
 
 
 def batches(source: Any) -> Iterable[pa.Table]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 # Pictures that may wait, decoded, for one that came before them and takes longer.
 REORDER_SLACK = 8
+# A read that hangs must not hold up Ctrl-C; the thread is a daemon and ends with the process.
+PATIENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ def prepare(
         slot = _Slot(item)
         if slot.result is None:
             assert isinstance(item, Sample)
-            while len(slots) >= pool.capacity or len(waiting) >= pool.capacity + REORDER_SLACK:
+            while len(slots) >= pool.capacity:
                 collect(None)
                 yield from _finished(waiting)
             pool.submit(tag, item.image)
@@ -71,6 +74,9 @@ def prepare(
         waiting.append(slot)
         collect(0)
         yield from _finished(waiting)
+        while slots and len(waiting) >= pool.capacity + REORDER_SLACK:
+            collect(None)
+            yield from _finished(waiting)
     while waiting:
         yield from _finished(waiting)
         if slots:
@@ -136,12 +142,12 @@ class Prefetch(Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        while self._thread.is_alive():
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while self._thread.is_alive() and time.monotonic() < give_up:
             try:
                 self._queue.get(timeout=0.05)  # a thread that waits for room has to get it to see the stop
             except queue.Empty:
                 continue
-        self._thread.join()
 
     def get(self, *, block: bool) -> T | None:
         """The next item; None where there is none yet (`block=False`).

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "plan.json"
 LOCK = "lock"
+# Shards that a killed run may have left half-written: one is filled while others are synced.
+IN_FLIGHT = 100
 # What the sample itself holds, or what is the same for all that is kept.
 NOT_SCORES = frozenset({"shard", "index", "key", "prompt", "status", "error"})
 PREFIX = re.compile(r"[\w-][\w.-]*")
@@ -133,8 +135,13 @@ class _Job:
                 self._begin(plan)
                 self._copy(on_shard)
                 self._write_index(plan)
-        self._state.delete_folder()
+            self._forget()
+        self._state.delete_if_empty()
         return self._result
+
+    def _forget(self) -> None:
+        for name in self._state.names() - {LOCK}:
+            self._state.delete(name)
 
     def _plan(self) -> dict[str, Any]:
         """All that the output depends on."""
@@ -183,8 +190,7 @@ class _Job:
             self._spare_sources()
             for name in (self._index, *shards):
                 self._out.delete(name)
-            for name in records - {LOCK}:
-                self._state.delete(name)
+            self._forget()
         elif PLAN_FILE in records:
             with self._state.open(PLAN_FILE) as stream:
                 before = json.loads(stream.read())
@@ -236,6 +242,7 @@ class _Job:
             on_shard(shard)
 
         prefix, number = self._options.prefix, len(self._result.shards)
+        self._out.sweep(shard_name(prefix, number + ahead) for ahead in range(IN_FLIGHT))
         with ShardWriter(self._out, prefix, number, self._size, finished) as writer:
             for source in sources:
                 rows = self._rows(source)

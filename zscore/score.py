@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ import pyarrow as pa
 from zscore.errors import OutputMismatchError, UsageError
 from zscore.feed import feed
 from zscore.output import Output, PartWriter, check_settings
-from zscore.parquet import ROWS_PER_BATCH, rows_to_table
+from zscore.parquet import BYTES_PER_BATCH, ROWS_PER_BATCH, rows_to_table
 from zscore.prepare import Prefetch, Prepared, ShardEnd, prepare
 from zscore.records import Sample, ScoreRow, ShardRef, Status
 from zscore.samples import ReadOptions, read_samples
@@ -77,18 +77,24 @@ class Summary:
     @property
     def failed_share(self) -> float:
         """Share of rows that aren't ok."""
-        return 1 - self.counts[Status.OK] / self.rows if self.rows else 0.0
+        return (self.rows - self.counts[Status.OK]) / self.rows if self.rows else 0.0
 
 
-def score(options: ScoreOptions, judge: Judge, reporter: Reporter) -> Summary:
+def score(options: ScoreOptions, judge: Judge, reporter: Reporter, shards: Sequence[ShardRef] | None = None) -> Summary:
     """Score all shards; what an earlier run finished is kept.
+
+    Args:
+        options: input, output and how they are treated.
+        judge: what scores.
+        reporter: is told what happens.
+        shards: `expand(options.inputs)`, where the caller has it already.
 
     Raises:
         ZscoreError: the input, the output or the model can't be used; finished shards are kept.
     """
     if options.retry_failed and options.overwrite:
         raise UsageError("--retry-failed keeps good rows, --overwrite drops them: give one of the two")
-    shards = expand(options.inputs)
+    shards = expand(options.inputs) if shards is None else shards
     run = _Run(options, judge, shards, reporter)
     with run.output.locked(shards):
         if not options.overwrite and not options.retry_failed and run.already_done():
@@ -145,7 +151,8 @@ class _Run:
                 f" ({len(metadata.get('inputs', []))} then, {len(self._shards)} now):"
                 " --overwrite to score everything again, or give another --out"
             )
-        self.output.discard_parts()
+        if not self.output.is_retrying:
+            self.output.discard_parts()
         self.summary.counts.update(metadata["counts"])
         self.summary.shards = metadata["shards"]
         self.summary.already_done = True
@@ -160,10 +167,15 @@ class _Run:
             before = self.output.final_metadata()
             if before is not None:
                 check_settings(before.get("options", {}), self._settings, self._options.out)
-            self.output.begin_retry()
+            self.output.begin_retry(self._shards)
         else:
-            self.output.begin(overwrite=self._options.overwrite)
+            self.output.begin(self._shards, overwrite=self._options.overwrite)
         self.finished = self.output.finished(self._shards, retry=self._options.retry_failed)
+        if self._options.limit is not None:
+            # Where a shard is done anew, the limit falls elsewhere in those behind it.
+            names = [shard.name for shard in self._shards]
+            valid = set(takewhile(self.finished.__contains__, names))
+            self.finished = {name: info for name, info in self.finished.items() if name in valid}
 
     def score_with(self, load: Callable[[], Engine]) -> None:
         """Run the stages over what is left."""
@@ -174,7 +186,9 @@ class _Run:
             self._reporter.loading(self._judge)
             engine = load()
             stack.callback(engine.close)
-            self._provenance["engine"] = {"name": engine.name, "version": engine.version, "dtype": engine.dtype}
+            described = {"name": engine.name, "version": engine.version, "dtype": engine.dtype}
+            self.output.check_engine(described)
+            self._provenance["engine"] = described
             stages: Iterator[Prepared | ShardEnd] = prepare(self._samples(), pool, self._judge.builder)
             # One sample ahead of each worker hides the hand-over; more would only hold pixels in memory.
             with Prefetch(stages, max(2, workers)) as prepared:
@@ -247,16 +261,18 @@ class _Sink:
         self._rubric = judge.rubric
         self._kept = kept
         self._rows: list[ScoreRow] = []
+        self._bytes = 0
 
     def add(self, row: ScoreRow) -> None:
         self._rows.append(row)
-        if self._kept is None and len(self._rows) >= ROWS_PER_BATCH:
+        self._bytes += 4 * len(row.prompt)
+        if self._kept is None and (len(self._rows) >= ROWS_PER_BATCH or self._bytes >= BYTES_PER_BATCH):
             self._flush()
 
     def _flush(self) -> None:
         if self._rows:
             self._part.write(rows_to_table(self._rows, self._rubric))
-        self._rows = []
+        self._rows, self._bytes = [], 0
 
     def close(self) -> None:
         if self._kept is None:

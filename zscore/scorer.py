@@ -129,6 +129,8 @@ class Scorer:
     def _prompts(self, prompt: str, picture: Picture) -> list[Any] | Failure:
         if not isinstance(prompt, str):
             return Failure(Status.BAD_TEXT, f"the prompt is a {type(prompt).__name__}; a str is wanted")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            return Failure(Status.BAD_TEXT, "the prompt has half of a surrogate pair: decode it as UTF-8 first")
         pixels = self._pixels(picture)
         return pixels if isinstance(pixels, Failure) else self._judge.builder.build(prompt, pixels)
 

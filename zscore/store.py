@@ -7,6 +7,7 @@ stores only show finished uploads; other remote file systems get an upload under
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import tempfile
@@ -19,8 +20,9 @@ from zscore.errors import OutputError, OutputLockedError, UsageError
 from zscore.lease import Lease
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # An upload to these is invisible until it is complete.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "memory"})
 
@@ -43,8 +45,11 @@ class Store(Protocol):
     def delete(self, name: str) -> None:
         """Remove a file; no error where it is gone."""
 
-    def delete_folder(self) -> None:
-        """Remove the folder and all in it."""
+    def delete_if_empty(self) -> None:
+        """Remove the folder where nothing is left in it."""
+
+    def sweep(self, names: Iterable[str]) -> None:
+        """Remove what a killed run left half-written of these files; only for whoever holds their lock."""
 
     def lock(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Hold a lock, or raise OutputLockedError at once."""
@@ -59,6 +64,8 @@ def split_out(out: str) -> tuple[str, str]:
     head, _, name = out.rpartition("/")
     if not name:
         raise UsageError(f"--out '{out}' has no file name: give something like scores.parquet")
+    if head.endswith(":/"):
+        raise UsageError(f"--out '{out}' names no bucket or folder: give something like {head}/bucket/{name}")
     return (head or ("/" if out.startswith("/") else ".")), name
 
 
@@ -110,28 +117,37 @@ class LocalStore:
         with _as_output_error(str(final)):
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self._folder, prefix=f".{name}.", suffix=".tmp")
-            try:
-                with os.fdopen(descriptor, "wb") as stream:
-                    yield stream
-                    stream.flush()
-                    os.fchmod(stream.fileno(), 0o666 & ~_umask())
-                    os.fsync(stream.fileno())
+        try:
+            with _as_output_error(str(final), only=FULL), os.fdopen(descriptor, "wb") as stream:
+                yield stream  # other errors in here are the caller's own: reading shards, say
+                stream.flush()
+            with _as_output_error(str(final)):
+                _seal(Path(temporary))
                 Path(temporary).replace(final)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-            _sync_folder(self._folder)
+                _sync_folder(self._folder)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
     def delete(self, name: str) -> None:
         """See `Store`."""
         (self._folder / name).unlink(missing_ok=True)
 
-    def delete_folder(self) -> None:
+    def delete_if_empty(self) -> None:
         """See `Store`."""
-        for entry in list(os.scandir(self._folder)) if self._folder.is_dir() else []:
-            Path(entry.path).unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # not empty: somebody has begun anew
             self._folder.rmdir()
+
+    def sweep(self, names: Iterable[str]) -> None:
+        """See `Store`."""
+        prefixes = tuple(f".{name}." for name in names)
+        try:
+            left = [entry for entry in os.scandir(self._folder) if _is_temporary(entry.name)]
+        except FileNotFoundError:
+            return
+        for entry in left:
+            if entry.name.startswith(prefixes):
+                Path(entry.path).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -140,10 +156,6 @@ class LocalStore:
         with _as_output_error(str(file)):
             descriptor = self._locked(file)
         try:
-            # Whoever was killed while writing left a temporary file; we are alone now.
-            for entry in list(os.scandir(self._folder)):
-                if _is_temporary(entry.name):
-                    Path(entry.path).unlink(missing_ok=True)
             yield
         finally:
             file.unlink(missing_ok=True)
@@ -176,6 +188,7 @@ class RemoteStore:
         self._fs, self._prefix = fsspec.core.url_to_fs(self._url)
         self._prefix = self._prefix.rstrip("/")
         self._uploads_are_atomic = protocol in OBJECT_STORES
+        self._lease: Lease | None = None
 
     def path(self, name: str) -> str:
         """See `Store`."""
@@ -183,53 +196,63 @@ class RemoteStore:
 
     def names(self) -> set[str]:
         """See `Store`."""
-        self._fs.invalidate_cache()
-        with _as_output_error(self._url):
+        with _as_remote_error(self._url):
+            self._fs.invalidate_cache()
             try:
                 listed = self._fs.ls(self._prefix, detail=False)
             except FileNotFoundError:
                 return set()
-        return {entry.rsplit("/", 1)[-1] for entry in listed}
+        return {name for entry in listed if not (name := entry.rsplit("/", 1)[-1]).endswith(".tmp")}
 
     def open(self, name: str) -> IO[bytes]:
         """See `Store`."""
-        stream: IO[bytes] = self._fs.open(f"{self._prefix}/{name}", "rb")
-        return stream
+        with _as_remote_error(self.path(name)):
+            stream: IO[bytes] = self._fs.open(f"{self._prefix}/{name}", "rb")
+            return stream
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[IO[bytes]]:
         """See `Store`: written to a local temporary file first, then uploaded in one go."""
         final = f"{self._prefix}/{name}"
-        with _as_output_error(self.path(name)), tempfile.NamedTemporaryFile(prefix="zscore-") as stream:
-            yield stream
-            stream.flush()
-            if self._uploads_are_atomic:
-                self._fs.put_file(stream.name, final)
-            else:
-                self._fs.makedirs(self._prefix, exist_ok=True)
-                self._fs.put_file(stream.name, f"{final}.tmp")
-                self._fs.mv(f"{final}.tmp", final)
+        with tempfile.NamedTemporaryFile(prefix="zscore-") as stream:
+            with _as_output_error(stream.name, only=FULL):
+                yield stream
+                stream.flush()
+            if self._lease is not None:
+                self._lease.check()
+            with _as_remote_error(self.path(name)):
+                if self._uploads_are_atomic:
+                    self._fs.put_file(stream.name, final)
+                else:
+                    self._fs.makedirs(self._prefix, exist_ok=True)
+                    self._fs.put_file(stream.name, f"{final}.tmp")
+                    self._fs.mv(f"{final}.tmp", final)
 
     def delete(self, name: str) -> None:
         """See `Store`."""
-        with contextlib.suppress(FileNotFoundError):
+        with _as_remote_error(self.path(name)), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._prefix}/{name}")
 
-    def delete_folder(self) -> None:
-        """See `Store`."""
-        self._fs.invalidate_cache()
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self._prefix, recursive=True)
+    def delete_if_empty(self) -> None:
+        """See `Store`; object stores have no folders to remove."""
+        with contextlib.suppress(Exception):
+            self._fs.invalidate_cache()
+            self._fs.rmdir(self._prefix)
+
+    def sweep(self, names: Iterable[str]) -> None:
+        """See `Store`; what is half-written lies on the machine that wrote it."""
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """See `Store`: a lease that is renewed while we live."""
-        with _as_output_error(self.path(name)):
+        with _as_remote_error(self.path(name)):
             lease = Lease(self._fs, f"{self._prefix}/{name}", self.path(name))
             lease.acquire()
+        self._lease = lease
         try:
             yield
         finally:
+            self._lease = None
             lease.release()
 
 
@@ -243,6 +266,13 @@ def _umask() -> int:
     return mask
 
 
+def _seal(file: Path) -> None:
+    """Give a finished file its permissions and make its bytes survive a power cut."""
+    with file.open("rb") as stream:
+        os.fchmod(stream.fileno(), 0o666 & ~_umask())
+        os.fsync(stream.fileno())
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -253,14 +283,28 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _as_output_error(where: str) -> Iterator[None]:
-    """Operating-system errors as one line that says what to do; ours pass through."""
+def _as_remote_error(where: str) -> Iterator[None]:
+    """Whatever a remote file system raises, as one line; its clients' errors share no base."""
+    try:
+        yield
+    except (OutputError, FileNotFoundError):
+        raise
+    except Exception as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        raise OutputError(f"can't use {where}: {line}: check the address, credentials and rights") from error
+
+
+@contextlib.contextmanager
+def _as_output_error(where: str, *, only: frozenset[int] | None = None) -> Iterator[None]:
+    """Operating-system errors (or `only` these) as one line that says what to do; ours pass through."""
     try:
         yield
     except OutputError:
         raise
     except OSError as error:
+        if only is not None and error.errno not in only:
+            raise
         fix = "free some space; finished shards are kept and the same command resumes"
-        if error.errno not in {28, 122, 27}:  # ENOSPC, EDQUOT, EFBIG
+        if error.errno not in FULL:
             fix = "check that the folder exists and that you may write there; finished shards are kept"
         raise OutputError(f"can't write {where}: {error.strerror or error}: {fix}") from error

@@ -145,7 +145,10 @@ class PromptBuilder:
     def build(self, prompt: str, pixels: Pixels) -> list[EnginePrompt] | Failure:
         """Prompts of one sample: one in the joint layout, D in the separate one."""
         image_tokens = pixels.grid[0] * pixels.grid[1] // self._merge2
-        user = self._text.encode(prompt)
+        try:
+            user = self._text.encode(prompt)
+        except ModelError as error:  # a tokenizer with a special token for what it doesn't know
+            return Failure(Status.BAD_TEXT, str(error))
         length = self.overhead + image_tokens + len(user)
         if length > self._max_tokens:
             return Failure(

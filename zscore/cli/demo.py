@@ -26,12 +26,12 @@ def demo(
     from zscore.judge import JudgeOptions
     from zscore.score import ScoreOptions
 
-    shards = folder / "shards"
-    scores = folder / "scores.parquet"
+    shards = folder / "demo-shards"
+    scores = folder / "demo-scores.parquet"
     paths = write_demo_shards(shards)
     console = Console()
     console.print(f"wrote {len(paths)} shards to {shards}", highlight=False, soft_wrap=True)
-    options = ScoreOptions(inputs=(str(shards),), out=str(scores), overwrite=True)
+    options = ScoreOptions(inputs=tuple(map(str, paths)), out=str(scores), overwrite=True)
     execute(options, JudgeOptions(model=str(demo_student()), engine=engine))
     console.print(_table(scores))
     console.print(

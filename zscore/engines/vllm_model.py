@@ -162,8 +162,9 @@ class LevelProbeModel(Qwen3_5ForConditionalGeneration, VllmModelForPooling):  # 
         self.temporal = config.vision_config.temporal_patch_size
         processor = MULTIMODAL_REGISTRY.create_processor(vllm_config.model_config).info.get_image_processor()
         mean, std = pixel_scale(processor)
-        self.register_buffer("pixel_mean_C1", mean.unsqueeze(1), persistent=False)
-        self.register_buffer("pixel_std_C1", std.unsqueeze(1), persistent=False)
+        device = self.level_head.values_K.device  # where the model is being built; pictures arrive there
+        self.register_buffer("pixel_mean_C1", mean.unsqueeze(1).to(device), persistent=False)
+        self.register_buffer("pixel_std_C1", std.unsqueeze(1).to(device), persistent=False)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the body; of the output projection, only the level rows are kept."""
@@ -183,8 +184,9 @@ class LevelProbeModel(Qwen3_5ForConditionalGeneration, VllmModelForPooling):  # 
         """Run the vision tower; uint8 patches are made into the HF processor's pixel rows first."""
         pixels = kwargs.get("pixel_values")
         if isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8:
-            on_device = pixels.to(self.pixel_mean_C1.device, non_blocking=True)
-            rows = pixel_rows(on_device, self.pixel_mean_C1, self.pixel_std_C1, self.temporal)
+            rows = pixel_rows(
+                pixels.to(self.pixel_mean_C1.device), self.pixel_mean_C1, self.pixel_std_C1, self.temporal
+            )
             kwargs["pixel_values"] = rows.to(self.visual.dtype)
         return super().embed_multimodal(**kwargs)
 
