@@ -10,9 +10,10 @@ import tarfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from zscore.errors import TableError, UsageError
+from zscore.errors import OutputError, TableError, UsageError
 from zscore.file_copy import write_all
 from zscore.lane import Lane
+from zscore.store import FULL
 from zscore.stores import ShardFault
 from zscore.tar import BLOCK
 
@@ -168,10 +169,13 @@ class ShardWriter:
     def _append(self, source: Source, passage: Passage, carrier: Carrier, member: bytes) -> None:
         try:
             carrier.copy(passage, self._descriptor)
+            write_all(self._descriptor, member)
         except ShardFault as fault:
-            where = f"kept sample {passage.index} of {source.shard.name}"
-            raise TableError(f"{where} can't be copied: {fault.failure.error}") from fault
-        write_all(self._descriptor, member)
+            raise TableError(f"{_named(source, passage)} can't be copied: {fault.failure.error}") from fault
+        except OSError as error:
+            if error.errno in FULL:
+                raise  # the store says what to do
+            raise OutputError(f"{_named(source, passage)} can't be copied: {error.strerror or error}") from error
 
     def _close(self, shard: Written, end: bytes) -> None:
         write_all(self._descriptor, end)
@@ -183,6 +187,10 @@ class ShardWriter:
         file.close()
         self._unfinished.remove(file)
         self._on_shard(shard)
+
+
+def _named(source: Source, passage: Passage) -> str:
+    return f"kept sample {passage.index} of {source.shard.name}"
 
 
 def shard_name(prefix: str, number: int) -> str:

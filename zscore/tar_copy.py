@@ -183,21 +183,35 @@ class LocalCarrier:
 
     def members(self) -> Iterator[Member]:
         """See `Carrier`."""
-        descriptor, size, position = self._descriptor, self._size, 0
-        window, base = os.pread(descriptor, WINDOW, 0), 0
+        descriptor, size = self._descriptor, self._size
+        window, base, position = os.pread(descriptor, WINDOW, 0), 0, 0
+        last = len(window) - BLOCK  # where a header may begin in the window
         while True:
             at = position - base
-            plain = _plain_member(window, at) if at + BLOCK <= len(window) else None
-            if plain is None and at:  # not in the window, or not all of it
-                window, base = os.pread(descriptor, WINDOW, position), position
-                plain = _plain_member(window, 0)
-            if plain is None or (end := base + plain[0]) > size:
-                # The end, a link, a long name, a cut, damage: the tar reader knows them all, from here on.
-                self.position = position
-                yield from read_members(self)
-                return
-            yield position, plain[1], _FILE
+            if at > last:
+                window, base, at = os.pread(descriptor, WINDOW, position), position, 0
+                last = len(window) - BLOCK
+                if last < 0:
+                    break
+            # The common case of _plain_member, in line: a call would cost a third more.
+            name, length, checksum, kind, prefix = _HEADER.unpack_from(window, at)
+            if kind == b"0" and prefix == b"\0" and length.isdigit() and _sum_of(window, at) == _SUMS[checksum]:
+                end = position + BLOCK + (int(length, 8) + BLOCK - 1 & -BLOCK)
+            else:
+                plain = _plain_member(window, at)
+                if plain is None and at:  # perhaps the window just ends too early
+                    window, base, last = os.pread(descriptor, WINDOW, position), position, -1
+                    plain = _plain_member(window, 0)
+                if plain is None:
+                    break
+                end, name = base + plain[0], plain[1]
+            if end > size:
+                break
+            yield position, name.partition(b"\0")[0].decode("utf-8", "backslashreplace"), _FILE
             position = end
+        # The end, a link, a long name, a cut, damage: the tar reader knows them all, from here on.
+        self.position = position
+        yield from read_members(self)
 
     def read(self, count: int) -> bytes:
         """See `Reading`."""
@@ -228,8 +242,12 @@ class LocalCarrier:
             copy_range(self._descriptor, target, start, end - start)
 
 
-def _plain_member(window: bytes, at: int) -> tuple[int, str] | None:
-    """End (in the window's offsets) and name of a member with an everyday header; None for anything else.
+def _sum_of(window: bytes, at: int) -> int:
+    return zlib.adler32(window[at : at + BLOCK]) & 0xFFFF
+
+
+def _plain_member(window: bytes, at: int) -> tuple[int, bytes] | None:
+    """End (in the window's offsets) and name field of a member with an everyday header; None for anything else.
 
     Everyday: a file by ustar or GNU tar with a short name, perhaps behind a pax header that says neither its name nor
     its size, as tarfile (and so webdataset) writes one for times with fractions.
@@ -237,7 +255,7 @@ def _plain_member(window: bytes, at: int) -> tuple[int, str] | None:
     if at + BLOCK > len(window):
         return None
     name, size, checksum, kind, prefix = _HEADER.unpack_from(window, at)
-    if not size.isdigit() or zlib.adler32(window[at : at + BLOCK]) & 0xFFFF != _SUMS[checksum]:
+    if not size.isdigit() or _sum_of(window, at) != _SUMS[checksum]:
         return None
     length = int(size, 8)
     end = at + BLOCK + length + -length % BLOCK
@@ -247,7 +265,7 @@ def _plain_member(window: bytes, at: int) -> tuple[int, str] | None:
         return _plain_member(window, end) if is_plain else None
     if kind != b"0" or prefix != b"\0":
         return None
-    return end, name.partition(b"\0")[0].decode("utf-8", "backslashreplace")
+    return end, name
 
 
 class _Sums(dict[bytes, int]):
