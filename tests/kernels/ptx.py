@@ -263,8 +263,9 @@ class _Block:
 
     def _cvt(self, modifiers: list[str], operands: tuple[str, ...], mask: Array) -> None:
         to, source = modifiers[-2:]
-        if to == "bf16x2":
-            high, low = (_to_bf16(self.value(operand, source)) for operand in operands[1:])
+        if to in ("bf16x2", "f16x2"):
+            narrow = _to_bf16 if to == "bf16x2" else lambda value: value.astype(np.float16).view(np.uint16)
+            high, low = (narrow(self.value(operand, source)) for operand in operands[1:])
             result = high.astype(np.uint32) << 16 | low
         elif to == "bf16":
             result = _to_bf16(self.value(operands[1], source))
