@@ -49,8 +49,12 @@ class Checkpoint:
     """One line on how it was trained."""
 
 
-def find_checkpoint(model: str) -> Path:
+def find_checkpoint(model: str, *, weights: bool = True) -> Path:
     """Folder of a model: the folder itself, or a hub id's snapshot (downloaded if it isn't in the cache).
+
+    Args:
+        model: folder or hub id.
+        weights: whether the weights are wanted too; without, only small files are downloaded.
 
     Raises:
         ModelError: no such folder, or the hub can't give it.
@@ -62,7 +66,7 @@ def find_checkpoint(model: str) -> Path:
         raise ModelError(f"no model folder at '{model}': give a folder with config.json, or a hub id like org/name")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen unrelated types
@@ -70,21 +74,22 @@ def find_checkpoint(model: str) -> Path:
         raise ModelError(f"can't get '{model}' from the hub, and there is no such folder: {line}") from error
 
 
-def read_checkpoint(model: str) -> Checkpoint:
-    """Read and check a checkpoint's JSON files.
+def read_checkpoint(model: str, *, weights: bool = True) -> Checkpoint:
+    """Read and check a checkpoint's JSON files; see `find_checkpoint`.
 
     Raises:
         ModelError: a file is missing or malformed; the message names it.
     """
-    path = find_checkpoint(model)
+    path = find_checkpoint(model, weights=weights)
     config = _read_json(path / "config.json", required=True)
     ours = _read_json(path / "zscore.json")
     images = _image_processor(path)
     layout = ours.get("layout")
     if layout is not None and layout not in LAYOUTS:
         raise ModelError(f"{path / 'zscore.json'}: layout is {layout!r}; known are {', '.join(LAYOUTS)}")
-    size = images.get("size") or {}
-    text = config.get("text_config") or config
+    size = images["size"] if isinstance(images.get("size"), dict) else {}
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    cut = "the image processor's settings"
     return Checkpoint(
         id=model,
         path=path,
@@ -92,13 +97,24 @@ def read_checkpoint(model: str) -> Checkpoint:
         rubric=ours.get("rubric"),
         rubric_hash=ours.get("rubric_hash"),
         layout=cast("Layout | None", layout),
-        max_pixels=int(ours.get("max_pixels", DEFAULT_MAX_PIXELS)),
-        min_pixels=int(images.get("min_pixels") or size.get("shortest_edge") or 65_536),
-        patch=int(images.get("patch_size", 16)),
-        merge=int(images.get("merge_size", 2)),
-        max_tokens=int(text.get("max_position_embeddings", 32_768)),
+        max_pixels=_whole(ours.get("max_pixels"), DEFAULT_MAX_PIXELS, f"{path / 'zscore.json'}: max_pixels"),
+        min_pixels=_whole(images.get("min_pixels") or size.get("shortest_edge"), 65_536, f"{path}: {cut}: min_pixels"),
+        patch=_whole(images.get("patch_size"), 16, f"{path}: {cut}: patch_size"),
+        merge=_whole(images.get("merge_size"), 2, f"{path}: {cut}: merge_size"),
+        max_tokens=_whole(
+            text.get("max_position_embeddings"), 32_768, f"{path / 'config.json'}: max_position_embeddings"
+        ),
         trained=str(ours.get("trained", "not said (no zscore.json)")),
     )
+
+
+def _whole(value: object, default: int, where: str) -> int:
+    """A positive whole number of a JSON file, or the default where it says nothing."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(f"{where} is {value!r}; a whole number of at least 1 is wanted")
+    return value
 
 
 def weights_hash(path: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zscore.checkpoint import Checkpoint, model_from_environment, read_checkpoint, weights_hash
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from zscore.engines.base import Engine
 
 ENGINES = ("auto", "vllm", "transformers")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -117,8 +119,12 @@ class Judge:
         return open_vllm(self.checkpoint.path, config=config, **levels)
 
 
-def plan_judge(options: JudgeOptions) -> Judge:
+def plan_judge(options: JudgeOptions, *, weights: bool = True) -> Judge:
     """Resolve the user's choices against the checkpoint.
+
+    Args:
+        options: the choices.
+        weights: whether to fetch and hash the weights; without, the judge is only good for showing.
 
     Raises:
         UsageError, RubricError, ModelError: one line, with the value and the fix.
@@ -133,9 +139,9 @@ def plan_judge(options: JudgeOptions) -> Judge:
             "NO MODEL GIVEN: these scores come from the built-in demo student, which knows only the demo's pictures;"
             " they mean nothing for yours. Give --model FOLDER_OR_HUB_ID or set ZSCORE_MODEL."
         )
-    checkpoint = read_checkpoint(model)
+    checkpoint = read_checkpoint(model, weights=weights)
     rubric = load_rubric(options.rubric or checkpoint.rubric or "z-reward")
-    engine = _engine(options, notices)
+    engine = _engine(options, checkpoint, notices)
     layout = _layout(options.layout, checkpoint, classified=engine == "vllm" and checkpoint.architecture != SUPPORTED)
     if engine == "vllm" and checkpoint.architecture != SUPPORTED:
         notices.append(fallback_notice(checkpoint.architecture))
@@ -155,7 +161,7 @@ def plan_judge(options: JudgeOptions) -> Judge:
         engine_name=engine,
         options=options,
         pixels=_pixels(options, checkpoint),
-        weights=weights_hash(checkpoint.path),
+        weights=weights_hash(checkpoint.path) if weights else "not read",
         builder=builder,
         notices=tuple(notices),
     )
@@ -173,7 +179,7 @@ def _layout(wanted: str | None, checkpoint: Checkpoint, *, classified: bool) -> 
     raise UsageError(f"--layout '{chosen}' isn't known: choose {' or '.join(LAYOUTS)}")
 
 
-def _engine(options: JudgeOptions, notices: list[str]) -> str:
+def _engine(options: JudgeOptions, checkpoint: Checkpoint, notices: list[str]) -> str:
     if options.engine not in ENGINES:
         raise UsageError(f"--engine '{options.engine}' isn't known: choose {', '.join(ENGINES)}")
     if options.dtype not in DTYPES:
@@ -189,7 +195,14 @@ def _engine(options: JudgeOptions, notices: list[str]) -> str:
         return options.engine
     if not installed:
         notices.append("vLLM isn't installed: scoring with the slower transformers engine (see `zscore doctor`)")
-    return "vllm" if installed else "transformers"
+        return "transformers"
+    if options.dtype == "float32" and not NVIDIA_DRIVER.exists():
+        notices.append("vLLM's CPU kernels are bfloat16 only: scoring with the transformers engine for --dtype float32")
+        return "transformers"
+    if checkpoint.architecture != SUPPORTED and (options.layout or checkpoint.layout) == "joint":
+        notices.append(f"vLLM can't score a {checkpoint.architecture} in the joint layout: taking transformers")
+        return "transformers"
+    return "vllm"
 
 
 def _pixels(options: JudgeOptions, checkpoint: Checkpoint) -> PixelOptions:

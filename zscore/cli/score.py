@@ -10,10 +10,13 @@ import typer
 from zscore.errors import InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from zscore.judge import Judge, JudgeOptions
     from zscore.progress import Reporter
+    from zscore.records import ShardRef
     from zscore.score import ScoreOptions, Summary
 
 TOO_MANY_FAILED = 3
@@ -117,15 +120,17 @@ def execute(
 ) -> None:
     """Plan, warn, run and report; shared with `zscore demo`."""
     from zscore.judge import plan_judge
+    from zscore.shards import expand
 
-    judge = plan_judge(judge_options)
+    shards = expand(options.inputs)  # a typo there is told before a model is fetched
+    judge = plan_judge(judge_options, weights=not dry_run)
     console = _console()
     for notice in judge.notices:
         console.print(f"warning: {notice}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
     if dry_run:
-        _show_plan(options, judge)
+        _show_plan(options, judge, shards)
         return
-    summary = _run(options, judge, console, quiet=quiet)
+    summary = _run(options, judge, shards, console, quiet=quiet)
     _finish(summary, max_failed, quiet=quiet)
 
 
@@ -142,7 +147,7 @@ def _checked_workers(workers: int | None) -> int | None:
     return workers
 
 
-def _run(options: ScoreOptions, judge: Judge, console: Console, *, quiet: bool) -> Summary:
+def _run(options: ScoreOptions, judge: Judge, shards: Sequence[ShardRef], console: Console, *, quiet: bool) -> Summary:
     from zscore.progress import LiveReporter, PlainReporter, QuietReporter
     from zscore.score import score as run
 
@@ -155,7 +160,7 @@ def _run(options: ScoreOptions, judge: Judge, console: Console, *, quiet: bool) 
         else:
             reporter = PlainReporter(console)
         try:
-            return run(options, judge, reporter)
+            return run(options, judge, reporter, shards)
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 f"interrupted: finished shards are kept beside {options.out}; the same command resumes"
@@ -185,14 +190,12 @@ def _finish(summary: Summary, max_failed: float, *, quiet: bool) -> None:
         raise typer.Exit(TOO_MANY_FAILED)
 
 
-def _show_plan(options: ScoreOptions, judge: Judge) -> None:
+def _show_plan(options: ScoreOptions, judge: Judge, shards: Sequence[ShardRef]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from zscore.samples import count_samples
-    from zscore.shards import expand
 
-    shards = expand(options.inputs)
     samples = sum(count_samples(shard, options.read) for shard in shards)
     table = Table(title="dry run: nothing is loaded or written", title_justify="left", show_header=False)
     known = [shard.size for shard in shards if shard.size >= 0]
