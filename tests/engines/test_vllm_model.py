@@ -172,10 +172,10 @@ def test_pixel_rows_are_those_of_the_image_processor(model):
     want = processor(images=[Image.fromarray(picture)], return_tensors="pt")["pixel_values"]
     patches = torch.from_numpy(patchify(picture, PixelOptions()))
     mean, std = model.pixel_scale(processor)
-    rows = model.pixel_rows(patches.flatten(1), mean.unsqueeze(1), std.unsqueeze(1), 2)
     assert len(np.unique(picture)) == 256
-    assert rows.shape == want.shape
-    assert torch.equal(rows, want)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = model.pixel_rows(patches.flatten(1), mean.unsqueeze(1), std.unsqueeze(1), 2, dtype)
+        assert torch.equal(rows, want.to(dtype))
 
 
 @vllm_only

@@ -184,10 +184,10 @@ class LevelProbeModel(Qwen3_5ForConditionalGeneration, VllmModelForPooling):  # 
         """Run the vision tower; uint8 patches are made into the HF processor's pixel rows first."""
         pixels = kwargs.get("pixel_values")
         if isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8:
-            rows = pixel_rows(
-                pixels.to(self.pixel_mean_C1.device), self.pixel_mean_C1, self.pixel_std_C1, self.temporal
+            on_device = pixels.to(self.pixel_mean_C1.device, non_blocking=True)
+            kwargs["pixel_values"] = pixel_rows(
+                on_device, self.pixel_mean_C1, self.pixel_std_C1, self.temporal, self.visual.dtype
             )
-            kwargs["pixel_values"] = rows.to(self.visual.dtype)
         return super().embed_multimodal(**kwargs)
 
 
@@ -199,11 +199,14 @@ def pixel_scale(processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return (mean * unit).cpu(), (std * unit).cpu()
 
 
-def pixel_rows(patches: torch.Tensor, mean_C1: torch.Tensor, std_C1: torch.Tensor, temporal: int) -> torch.Tensor:
-    """Patches (N, C·P·P) uint8 → float32 rows (N, C·temporal·P·P), bit for bit those of the HF image processor.
+def pixel_rows(
+    patches: torch.Tensor, mean_C1: torch.Tensor, std_C1: torch.Tensor, temporal: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Patches (N, C·P·P) uint8 → rows (N, C·temporal·P·P), bit for bit those of the HF image processor.
 
-    That one folds the rescaling into mean and std, and repeats a still picture in time inside each channel.
+    That one folds the rescaling into mean and std, works in float32, and repeats a still picture in time inside each
+    channel. Here the repetition comes after the cast: 7 ms for 1024² on one core, against 50.
     """
     patches_NCP = patches.reshape(len(patches), len(mean_C1), -1)
-    scaled_NCP = (patches_NCP.float() - mean_C1) / std_C1
+    scaled_NCP = patches_NCP.float().sub_(mean_C1).div_(std_C1).to(dtype)
     return scaled_NCP.unsqueeze(2).expand(-1, -1, temporal, -1).reshape(len(patches), -1)
