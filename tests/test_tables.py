@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ from tests.scores_factory import (
 )
 from zscore.errors import OutputError, TableError, UsageError
 from zscore.table_output import check_targets, derived, fetch, sink, written
-from zscore.tables import Scores, known, open_scores, rows_where
+from zscore.tables import ROW, Scores, known, open_scores
 
 
 def keys(scores: Scores) -> list[str]:
@@ -380,13 +381,27 @@ class TestOutput:
             pass
 
 
-def test_rows_by_mask_keep_their_order(tmp_path: Path) -> None:
-    import numpy as np
-
-    scores = open_scores(str(write_scores(tmp_path / "s.parquet", random_rows(rows=200))))
-    mask = np.random.default_rng(0).random(200) < 0.4
-    found = fetch(rows_where(scores.frame.select("key"), mask), scores.name)["key"].to_list()
-    assert found == [made["key"] for made, kept in zip(read_rows(tmp_path / "s.parquet"), mask, strict=True) if kept]
+@pytest.mark.parametrize("kind", ["file", "parts", "mixed", "remote", "without index"])
+def test_rows_by_mask_keep_their_order(tmp_path: Path, memory, kind: str) -> None:
+    made = random_rows(rows=200)
+    path = write_scores(tmp_path / "s.parquet", made)
+    source: tuple[str, ...] = (str(path),)
+    if kind == "parts":
+        source = (str(write_parts(tmp_path / "parts", made)),)
+    if kind == "mixed":
+        source = (str(path), str(write_scores(tmp_path / "o.parquet", made, extra={"more": list(range(200))})))
+    if kind == "remote":
+        memory.pipe("/s.parquet", path.read_bytes())
+        source = ("memory://s.parquet",)
+    if kind == "without index":
+        source = (str(rewrite(pq.read_table(path).drop_columns(["index"]), tmp_path / "less.parquet")),)
+    scores = open_scores(*source)
+    mask = np.random.default_rng(0).random(scores.rows) < 0.4
+    found = fetch(scores.where(mask).select(ROW, "key"), scores.name)
+    everything = keys(scores)
+    assert len(everything) == scores.rows == (400 if kind == "mixed" else 200)
+    assert found.rows() == [(n, everything[n]) for n in np.flatnonzero(mask).tolist()]
+    assert fetch(scores.where(~mask).select(pl.len()), "").item() == scores.rows - mask.sum()
 
 
 def test_deciding_loads_no_model_library(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from zscore.criteria import row_criteria
 from zscore.errors import TableError, UsageError
 from zscore.expressions import ScoreExpression
 from zscore.table_output import check_targets, derived, failures, fetch, sink, written
-from zscore.tables import ROW, is_ok, numbered_where, rows_where
+from zscore.tables import ROW, is_ok
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,12 +96,14 @@ class Decision:
         """Rows that are kept."""
         return int((self.code_N == KEPT).sum())
 
-    def keep(self, frame: pl.LazyFrame) -> pl.LazyFrame:
+    def keep(self, scores: Scores) -> pl.LazyFrame:
         """The rows that are kept, in their order."""
         # Where it can, polars reads the deciding columns first and decodes the others for kept rows only.
-        return frame.filter(self.predicate) if self.predicate is not None else rows_where(frame, self.code_N == KEPT)
+        if self.predicate is not None:
+            return scores.frame.filter(self.predicate)
+        return scores.where(self.code_N == KEPT).drop(ROW)
 
-    def drop(self, frame: pl.LazyFrame) -> pl.LazyFrame:
+    def drop(self, scores: Scores) -> pl.LazyFrame:
         """The other rows, in their order, with a column `reason`."""
         # Null behind the reasons, where NOT_OK leads: such a row's reason is its status.
         names, codes = pl.Series(["", *self.reasons, None], dtype=pl.String), self.code_N
@@ -110,7 +112,7 @@ class Decision:
             return_dtype=pl.String,
             is_elementwise=True,
         )
-        dropped = numbered_where(frame, self.code_N != KEPT)
+        dropped = scores.where(self.code_N != KEPT)
         return dropped.with_columns(reason=pl.coalesce(reason, pl.col("status").cast(pl.String))).drop(ROW)
 
 
@@ -138,10 +140,10 @@ def filter_scores(scores: Scores, options: FilterOptions, targets: FilterTargets
 def _write(scores: Scores, decision: Decision, targets: FilterTargets, metadata: dict[str, Any]) -> None:
     with written(targets.kept, targets.dropped, targets.npy) as (kept_stream, dropped_stream, npy_stream):
         assert kept_stream is not None
-        kept = decision.keep(scores.frame)
+        kept = decision.keep(scores)
         sink(kept.select(targets.columns) if targets.columns else kept, kept_stream, metadata, scores.name)
         if dropped_stream is not None:
-            sink(decision.drop(scores.frame), dropped_stream, metadata, scores.name)
+            sink(decision.drop(scores), dropped_stream, metadata, scores.name)
         if npy_stream is not None:
             write_uids(scores, kept, npy_stream)
 
@@ -262,7 +264,7 @@ def _duplicates(scores: Scores, picture: pl.Series, passing: Mask) -> Mask:
         return np.zeros_like(passing)
     # Equal hashes are almost surely equal pictures; these few are compared in full.
     candidates = passing & (repeated[np.searchsorted(repeated, hash_N).clip(max=repeated.size - 1)] == hash_N)
-    names = fetch(rows_where(scores.frame.select("sha256"), candidates), scores.name)["sha256"]
+    names = fetch(scores.where(candidates).select("sha256"), scores.name)["sha256"]
     again = ~(names.is_first_distinct() | names.is_null())
     mask = np.zeros_like(passing)
     mask[np.flatnonzero(candidates)[again.to_numpy()]] = True
@@ -281,7 +283,7 @@ def _beyond_fraction(scores: Scores, rank: pl.Series, passing: Mask, fraction: f
     tied = passing & (score_N == cut)
     free = wanted - int(better.sum())
     if free < int(tied.sum()):
-        rows = fetch(rows_where(scores.frame.select("shard", "index"), tied), scores.name)
+        rows = fetch(scores.where(tied).select("shard", "index"), scores.name)
         order = rows.select(pl.col("shard").cast(pl.String), "index").with_row_index(ROW).sort("shard", "index", ROW)
         mask = np.zeros_like(passing)
         mask[np.flatnonzero(tied)[order[ROW].to_numpy()[:free]]] = True

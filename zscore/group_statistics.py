@@ -16,7 +16,6 @@ import numpy as np
 import polars as pl
 
 from zscore.table_output import fetch, sink
-from zscore.tables import rows_where
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,10 +112,9 @@ def write_statistics(scores: Scores, by: str, ranking: Ranking, stream: IO[bytes
     scores_M, start_G = ranking.scores(), ranking.start_G[:-1]
     order_G = np.argsort(ranking.first_G)
     sums_G = np.add.reduceat(scores_M, start_G, dtype=np.float64) if len(start_G) else np.zeros(0)
-    first_N = np.zeros(int(ranking.first_G.max(initial=0)) + 1, dtype=bool)
+    first_N = np.zeros(scores.rows, dtype=bool)
     first_N[ranking.first_G] = True
-    names = scores.frame.select(by).head(len(first_N))
-    found = fetch(rows_where(names, first_N) if ranking.groups else names.clear(), scores.name)
+    found = fetch(scores.where(first_N).select(by), scores.name)
     best, mean = scores_M[start_G], (sums_G / ranking.sizes()).astype(np.float32)
     found = found.with_columns(
         candidates=pl.Series(ranking.sizes()[order_G]),

@@ -23,7 +23,7 @@ from zscore.errors import TableError, UsageError
 from zscore.expressions import preference
 from zscore.parquet import TableWriter
 from zscore.table_output import fetch
-from zscore.tables import ROW, numbered_where
+from zscore.tables import ROW, looked_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -192,6 +192,7 @@ def _rows(scores: Scores, by: str, expression: ScoreExpression, rows_R: NDArray[
     low, high = int(rows_R[0]), int(rows_R[-1]) + 1
     mask = np.zeros(high - low, dtype=bool)
     mask[rows_R - low] = True
+    rows = scores.frame.slice(low, high - low).with_row_index(ROW).filter(looked_up(mask, pl.Boolean))
     text = ["prompt", *(name for name, _ in _SIDE if name != "index")]
     wanted = [
         *(pl.col(name).cast(pl.String) for name in text),
@@ -199,7 +200,7 @@ def _rows(scores: Scores, by: str, expression: ScoreExpression, rows_R: NDArray[
         pl.col(by).cast(pl.String).alias("__group"),
         *(pl.col(f"{name}_probs") for name in expression.leaves()),
     ]
-    return fetch(numbered_where(scores.frame.slice(low, high - low), mask).drop(ROW).select(wanted), scores.name)
+    return fetch(rows.select(wanted), scores.name)
 
 
 def _distributions(lists: pl.Series) -> NDArray[np.float64]:

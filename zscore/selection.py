@@ -19,7 +19,7 @@ from zscore.group_statistics import group_statistics, write_statistics
 from zscore.pairs import choose_pairs, write_pairs
 from zscore.ranking import rank
 from zscore.table_output import check_targets, derived, failures, fetch, sink, written
-from zscore.tables import OVERALL, ROW, is_ok, looked_up, numbered_where
+from zscore.tables import OVERALL, ROW, is_ok, looked_up
 
 if TYPE_CHECKING:
     from zscore.group_statistics import GroupStatistics
@@ -172,6 +172,6 @@ def best_rows(scores: Scores, options: SelectOptions, found: Candidates) -> pl.L
     best_M = ranks_M < options.best
     rank_N = np.zeros(found.rows, dtype=np.uint32)
     rank_N[found.ranking.rows()[best_M]] = ranks_M[best_M] + 1
-    rows = numbered_where(scores.frame, rank_N > 0)
+    rows = scores.where(rank_N > 0)
     score = found.expression.expr(options.risk).alias(SCORE)
     return rows.with_columns(score, looked_up(rank_N, pl.UInt32).alias(RANK)).drop(ROW)

@@ -89,6 +89,7 @@ def sink(frame: pl.LazyFrame, stream: IO[bytes], metadata: dict[str, Any], sourc
         frame.sink_parquet(
             stream,
             compression="zstd",
+            compression_level=1,  # as small as the default 3 on these columns, for a third less time
             row_group_size=ROWS_PER_GROUP,
             metadata={METADATA_KEY.decode(): text},
             engine="streaming",
