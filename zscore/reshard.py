@@ -52,7 +52,7 @@ class ReshardOptions:
     """Folder or fsspec url of the new shards."""
     prefix: str = "kept"
     """Shards are called PREFIX-000000.tar and so on."""
-    shard_size: str = "10000"
+    shard_size: str = "1GB"
     """Samples, or bytes with a unit."""
     add_scores: bool = False
     """Adds a member KEY.zscore.json with the row's scores to every sample."""

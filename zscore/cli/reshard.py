@@ -17,9 +17,7 @@ def reshard(
     shards: Annotated[list[str], typer.Option(help="Source shards, as given to score; repeatable.", metavar="SRC")],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder or fsspec url of the new shards.", metavar="DIR")],
     prefix: Annotated[str, typer.Option(help="Shards are called PREFIX-000000.tar and so on.")] = "kept",
-    shard_size: Annotated[
-        str, typer.Option(help="Samples (10000), or bytes from which a shard is full (1GB).")
-    ] = "10000",
+    shard_size: Annotated[str, typer.Option(help="Samples (10000), or bytes from which a shard is full.")] = "1GB",
     add_scores: Annotated[
         bool, typer.Option("--add-scores", help="Add KEY.zscore.json with the row's scores.")
     ] = False,
@@ -34,7 +32,7 @@ def reshard(
     \b
     Examples:
       zscore reshard kept.parquet --shards shards/ --out best/
-      zscore reshard kept.parquet --shards 's3://bucket/{000..099}.tar' --out s3://bucket/best --shard-size 1GB
+      zscore reshard kept.parquet --shards 's3://bucket/{000..099}.tar' --out s3://bucket/best --shard-size 10000
       zscore reshard kept.parquet --shards shards/ --out best/ --add-scores
     """
     from zscore.reshard import ReshardOptions
