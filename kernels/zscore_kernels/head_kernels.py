@@ -342,13 +342,13 @@ def weight_partial_kernel(
         acc_CN = tl.full((TAIL, COLS), 0.0, tl.float32)
     stride = hidden_stride.to(tl.int64) * UNIT
     for step in tl.range(0, rows_per_split, loop_unroll_factor=4):
-        row = split * rows_per_split + step
-        in_batch = row < num_rows
-        x_1N = tl.load(hidden_ptr + row * stride + h_1N, mask=in_batch & (h_1N < H), other=0.0).to(tl.float32)
-        grad_A1 = tl.load(grad_ptr + row * K + main_A1, mask=in_batch & (main_A1 < K), other=0.0)
+        row_11 = tl.full((1, 1), 0, tl.int64) + split * rows_per_split + step
+        in_batch = row_11 < num_rows
+        x_1N = tl.load(hidden_ptr + row_11 * stride + h_1N, mask=in_batch & (h_1N < H), other=0.0).to(tl.float32)
+        grad_A1 = tl.load(grad_ptr + row_11 * K + main_A1, mask=in_batch & (main_A1 < K), other=0.0)
         acc_AN = tl.fma(grad_A1, x_1N, acc_AN)
         if TAIL > 0:
-            grad_C1 = tl.load(grad_ptr + row * K + tail_C1, mask=in_batch & (tail_C1 < K), other=0.0)
+            grad_C1 = tl.load(grad_ptr + row_11 * K + tail_C1, mask=in_batch & (tail_C1 < K), other=0.0)
             acc_CN = tl.fma(grad_C1, x_1N, acc_CN)
     out_ptrs = partial_ptr + split * (K * H) + h_1N
     tl.store(out_ptrs + main_A1 * H, acc_AN, mask=(main_A1 < K) & (h_1N < H))

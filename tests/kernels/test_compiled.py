@@ -17,8 +17,6 @@ pytest.importorskip("triton")
 
 from tests.kernels.compiled import compile_kernel, run_compiled
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*FP_FUSION:UserWarning")
-
 
 @pytest.fixture
 def compiled(monkeypatch):

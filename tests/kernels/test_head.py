@@ -15,7 +15,7 @@ from zscore_kernels import backend_calls, launch, reference, score_head
 pytest.importorskip("triton")
 
 BACKENDS = ("triton", "reference")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def run(backend):
@@ -29,7 +29,7 @@ def tall_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("classes", [2, 3, 4, 5, 8, 9, 11, 16, 17, 33, 64])
+@pytest.mark.parametrize("classes", [2, 3, 5, 8, 9, 16, 33, 64])
 def test_every_number_of_classes(backend, classes):
     check_head(Case(rows=1, width=33, classes=classes), run(backend))
 
@@ -46,8 +46,9 @@ def test_odd_widths(backend, width):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"), [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, BF16), (FP16, FP32)]
+)
 def test_dtypes_mix(backend, dtype, weight_dtype):
     check_head(Case(rows=1, width=20, classes=3, dtype=dtype, weight_dtype=weight_dtype, bias=False), run(backend))
 
