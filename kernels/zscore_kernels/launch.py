@@ -1,6 +1,6 @@
 """Launches the Triton kernels: tiles, strides, outputs. On a CPU the same kernels run in Triton's interpreter.
 
-The only module that imports triton, and only when a kernel is first launched: a CPU install needs no triton.
+The only module that loads the kernels, and triton with them, when the first one is launched: a CPU needs no triton.
 
 Batch invariance, here: the tile is fixed by K, save its height (1 row for small batches, so that each row gets a
 processor of its own), which no row's arithmetic can see. Nothing is specialised on B or on a stride, and input that
@@ -32,11 +32,14 @@ LANES: Final = 128
 WARPS: Final = LANES // 32
 """One lane a thread: see head_kernels.py."""
 SMALL_BATCH: Final = 256
-"""Up to here a tile is one row: a tile of four would leave an H200's 132 processors three quarters idle at B = 128."""
+"""Up to here a tile is one row; tiles of eight would occupy 16 of an H200's 132 processors at B = 128."""
 COLS: Final = 512
+"""Columns a tile in the gradients: four a thread."""
 MAX_SPLITS: Final = 128
+"""Runs of rows in the gradient of weight: enough to fill a GPU, and each costs K·H float32 of memory."""
 MIN_ROWS_PER_SPLIT: Final = 32
 VOCABULARY_COLS: Final = 4096
+"""Columns a step over the vocabulary: 32 a thread, which keeps enough loads in flight for one row a program."""
 
 # No contraction but the explicit tl.fma: the same roundings on every target.
 _OPTIONS: Final = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -60,8 +63,9 @@ class Tile(NamedTuple):
         else:
             main = min(8, padded if padded == classes else padded // 2)
             tail, groups = power_of_two(classes - main) if classes > main else 0, 1
-        # Rows share each load of the weights. Eight rows of nine classes take 162 of 255 registers (sm_90, bfloat16),
-        # of sixteen they would spill. At most LANES logits a tile: one for each thread of the softmax.
+        # Rows share each load of the weights. Eight rows of nine classes take 165 of 255 registers (bfloat16, sm_90,
+        # triton 3.7.1; 194 with float32 weights), eight of sixteen 222 and, with float32 weights, more than there are.
+        # At most LANES logits a tile: one for each thread of the softmax.
         rows = min(8 if main + tail <= 9 else 4, LANES // padded)
         return cls(padded, main, tail, groups, rows)
 
