@@ -62,7 +62,7 @@ def test_reference_runs_in_float64_for_gradcheck():
     )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 5),
     width=st.integers(1, 150),
