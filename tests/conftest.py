@@ -33,6 +33,8 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    # First, because vLLM's start-up trips over Flask's proxies once moto has been imported in its process.
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
     for item in items:
         if item.get_closest_marker("vllm"):  # one engine at a time: each takes all cores and gigabytes
             item.add_marker(pytest.mark.xdist_group("vllm"))

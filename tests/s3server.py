@@ -27,6 +27,8 @@ def s3_server(monkeypatch) -> Iterator[object]:
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     files = s3fs.S3FileSystem()
+    if files.exists(BUCKET):  # moto keeps its state for the whole process
+        files.rm(BUCKET, recursive=True)
     files.mkdir(BUCKET)
     try:
         yield files
