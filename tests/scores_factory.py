@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from zscore.parquet import TableWriter, read_metadata, rows_to_table, score_schema
 from zscore.records import LevelScores, ScoreRow, Status
 from zscore.rubrics.rubric import Rubric, load_rubric, parse_rubric
+from zscore.tables import Scores
 
 TWO = """
 name = "two"
@@ -222,3 +224,9 @@ def zscore(*arguments: object) -> int:
 
     with patch.object(sys, "argv", ["zscore", *map(str, arguments)]):
         return run(build_app())
+
+
+def without(scores: Scores, *columns: str) -> Scores:
+    """The same table, as a file that lacks these columns would be opened."""
+    frame = scores.frame.drop(columns)
+    return replace(scores, frame=frame, schema=frame.collect_schema(), numbered=scores.numbered.drop(columns))

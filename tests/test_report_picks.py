@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.scores_factory import random_rows, read_rows, row, write_scores
+from tests.scores_factory import random_rows, read_rows, row, without, write_scores
 from zscore.records import ScoreRow
 from zscore.report.cards import MOST_PROMPT, draw, make_card
 from zscore.report.columns import columns_of
@@ -205,7 +205,6 @@ def test_failed_candidates_count_for_nothing(tmp_path: Path) -> None:
 
 def test_no_group_column_means_no_groups(tmp_path: Path) -> None:
     full = opened(tmp_path, [row(0)])
-    frame = full.frame.drop("group")
-    scores = Scores(frame, frame.collect_schema(), full.metadata, full.files)
+    scores = without(full, "group")
     assert group_stats(scores, columns_of(scores), GRID, 3) is None
     assert read_groups(scores, columns_of(scores), []) == []

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 
-from tests.scores_factory import random_rows, row, two, write_scores
+from tests.scores_factory import random_rows, row, two, without, write_scores
 from zscore.errors import TableError
 from zscore.records import Status
 from zscore.report.columns import Columns, columns_of
@@ -248,17 +248,11 @@ def test_columns_are_those_that_are_there(tmp_path: Path) -> None:
         ("overall", "left", "right"), ("left", "right"), ("left", "right"), ("left", "right")
     )
     full = open_scores(str(path))
-    narrow = Scores(
-        (frame := full.frame.drop("overall", "left_std", "right_probs", "left_probs")),
-        frame.collect_schema(),
-        full.metadata,
-        full.files,
-    )
+    narrow = without(full, "overall", "left_std", "right_probs", "left_probs")
     assert columns_of(narrow) == Columns(("left", "right"), ("left", "right"), ("right",), ())
     for missing in (["overall", "left", "right"], ["status"], ["prompt"]):
-        frame = full.frame.drop(missing)
         with pytest.raises(TableError, match="column"):
-            columns_of(Scores(frame, frame.collect_schema(), full.metadata, full.files))
+            columns_of(without(full, *missing))
 
 
 def test_every_status_may_be_the_only_one(tmp_path: Path) -> None:

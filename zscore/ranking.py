@@ -57,9 +57,10 @@ class Ranking:
         """Candidates of each group, shape (G,)."""
         return np.diff(self.start_G)
 
-    def ranks(self) -> NDArray[np.int64]:
-        """Rank inside the group, from 0, shape (M,)."""
-        return np.arange(len(self.key_M)) - np.repeat(self.start_G[:-1], self.sizes())
+    def rows_at(self, place: int) -> NDArray[np.uint32]:
+        """Rows of that rank (from 0) in all groups that have as many candidates."""
+        reached = self.start_G[:-1][self.sizes() > place] + place
+        return (self.key_M[reached] & _LOW).astype(np.uint32)
 
     def by_size(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Groups of one size at a time: their numbers, and the positions of their candidates, shape (groups, n)."""

@@ -168,10 +168,12 @@ def candidates(scores: Scores, options: SelectOptions, expression: ScoreExpressi
 
 def best_rows(scores: Scores, options: SelectOptions, found: Candidates) -> pl.LazyFrame:
     """The best of each group, in the order of the input, with score and rank."""
-    ranks_M = found.ranking.ranks()
-    best_M = ranks_M < options.best
     rank_N = np.zeros(found.rows, dtype=np.uint32)
-    rank_N[found.ranking.rows()[best_M]] = ranks_M[best_M] + 1
+    for place in range(options.best):
+        rows_G = found.ranking.rows_at(place)
+        if not rows_G.size:
+            break
+        rank_N[rows_G] = place + 1
     rows = scores.where(rank_N > 0)
     score = found.expression.expr(options.risk).alias(SCORE)
     return rows.with_columns(score, looked_up(rank_N, pl.UInt32).alias(RANK)).drop(ROW)

@@ -257,7 +257,7 @@ def weight_gradient(grad_BK: Tensor, hidden_BH: Tensor, dtype: torch.dtype) -> T
     if rows == 0:
         return out_KH
     hidden_BH, stride, unit = aligned_rows(hidden_BH)
-    run = max(MIN_ROWS_PER_SPLIT, -(-rows // MAX_SPLITS))
+    run = min(rows, max(MIN_ROWS_PER_SPLIT, -(-rows // MAX_SPLITS)))
     splits = -(-rows // run)
     tile = Tile.of(classes)
     partial_SKH = grad_BK.new_empty((splits, classes, width), dtype=torch.float32)

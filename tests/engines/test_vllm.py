@@ -107,6 +107,14 @@ def test_separate_prompts_of_one_picture(engine, scores):
     assert apart([scores[1]], [together])[0] <= 2e-2
 
 
+def test_another_engine_of_this_process_may_come_and_go(engine, scores):
+    """vLLM's process groups are the process's own: the first engine to close must not take them from the others."""
+    other = VllmEngine(demo_student(), **levels(), config=SMALL)
+    assert apart(scores[:1], run(other, PROMPTS[:1])) == (0, 0)
+    other.close()
+    assert apart(scores[:1], run(engine, PROMPTS[:1])) == (0, 0)
+
+
 def test_one_picture_runs_through_the_tower_once(engine, monkeypatch):
     """Prompts in flight that share the object share the encoder's output; equal pixels in another object don't."""
     model = runner(engine).get_model()

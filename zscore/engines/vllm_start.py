@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import warnings
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from zscore.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_running: weakref.WeakSet[Any] = weakref.WeakSet()  # this process's engines, until they are stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,20 +80,41 @@ def start(model: str, config: VllmConfig, **settings: Any) -> Any:
     arguments = {name: value for name, value in wanted.items() if name in known}
     with _restored_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"), quiet():
         try:
-            return LLMEngine.from_engine_args(EngineArgs(**arguments))
+            engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except Exception as error:  # vLLM and what it loads raise anything
             raise ModelError(f"vLLM can't load {model}: {one_line(error)}") from error
+    _running.add(engine)
+    return engine
 
 
 def stop(engine: Any) -> None:
-    """Shut an `LLMEngine` down and free what it holds in this process."""
-    from vllm.distributed import cleanup_dist_env_and_memory
+    """Shut an `LLMEngine` down and free what it holds in this process.
 
-    with quiet():
+    The process groups belong to the process, yet vLLM's shutdown takes them from every other engine too: here they go
+    with the last one.
+    """
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.engine import core
+
+    _running.discard(engine)
+    with quiet(), contextlib.ExitStack() as stack:
+        if _running and hasattr(core, "cleanup_dist_env_and_memory"):
+            stack.enter_context(_replaced(core, "cleanup_dist_env_and_memory", lambda *_, **__: None))
         engine.engine_core.shutdown()
         del engine
         gc.collect()
-        cleanup_dist_env_and_memory()
+        if not _running:
+            cleanup_dist_env_and_memory()
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
 
 
 def _arguments(model: str, config: VllmConfig, *, on_cpu: bool) -> dict[str, Any]:
