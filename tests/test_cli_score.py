@@ -53,11 +53,28 @@ def test_a_run_its_summary_and_its_exit_codes(folder, tmp_path):
 
 
 def test_dry_run_writes_nothing(folder, tmp_path):
-    done = zscore("score", "in", "--out", tmp_path / "s.parquet", *FAST, "--dry-run", cwd=folder)
+    done = zscore("score", "in", "--out", tmp_path / "s.parquet", *FAST, "--dry-run", cwd=folder, COLUMNS="200")
     assert done.returncode == 0, done.stderr
     for words in ("2 (", "6", "transformers", "tiny: left, right", "joint"):
         assert words in done.stdout
+    assert "s.parquet: new" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_what_the_output_would_go_through(folder, tmp_path):
+    command = ("score", "in", "--out", tmp_path / "s.parquet", *FAST, "--max-failed", 1)
+    assert zscore(*command, "--limit", 4, cwd=folder).returncode == 0
+    before = sorted(tmp_path.rglob("*"))
+
+    def outlook(*more):
+        done = zscore(*command, *more, "--dry-run", cwd=folder, COLUMNS="200")
+        assert sorted(tmp_path.rglob("*")) == before
+        return done.stdout + done.stderr
+
+    assert "complete: nothing to do" in outlook("--limit", 4)
+    assert "limit = 4, this run has None" in outlook()
+    assert "scored anew" in outlook("--overwrite")
+    assert "rows scored again" in outlook("--limit", 4, "--retry-failed")
 
 
 @pytest.mark.parametrize(

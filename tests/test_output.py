@@ -36,7 +36,7 @@ def fill(target, shards=SHARDS, samples=3):
 
 def commit(target, shards=SHARDS):
     inputs = [[shard.name, shard.size, shard.version] for shard in shards]
-    target.commit(shards, {**PROVENANCE, "inputs": inputs, "created": "then"})
+    target.commit(shards, {**PROVENANCE, "inputs": inputs, "created": "then", "options": {"model": "m"}, "counts": {}})
 
 
 def test_parts_become_one_file_in_shard_order_and_vanish(tmp_path):

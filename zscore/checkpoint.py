@@ -117,6 +117,11 @@ def _whole(value: object, default: int, where: str) -> int:
     return value
 
 
+def has_weights(path: Path) -> bool:
+    """Whether the weights are there, or only the small files beside them."""
+    return any(path.glob("*.safetensors"))
+
+
 def weights_hash(path: Path) -> str:
     """Identity of the weights: sha256 over the safetensors files, in name order.
 

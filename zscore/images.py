@@ -126,7 +126,7 @@ def _check_size(width: int, height: int, options: PixelOptions) -> Failure | Non
         return Failure(
             Status.IMAGE_TOO_LARGE,
             f"{width}x{height} is {width * height} pixels, over the limit of {options.max_decoded_pixels} "
-            "to decode: shrink it or raise max_decoded_pixels",
+            "to decode: shrink it",
         )
     return None
 

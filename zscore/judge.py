@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zscore.checkpoint import Checkpoint, model_from_environment, read_checkpoint, weights_hash
+from zscore.checkpoint import Checkpoint, has_weights, model_from_environment, read_checkpoint, weights_hash
 from zscore.engines.vllm import SUPPORTED
 from zscore.engines.vllm_classify import fallback_notice
 from zscore.errors import ModelError, UsageError
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "vllm", "transformers")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 DTYPES = ("auto", "float32", "bfloat16")
+
+
+NOT_READ = "not read"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,7 @@ class Judge:
     options: JudgeOptions
     pixels: PixelOptions
     weights: str
+    """Their identity, or `NOT_READ`."""
     builder: PromptBuilder
     notices: tuple[str, ...]
     """What the user has to know before believing the scores, one line each."""
@@ -124,7 +128,7 @@ def plan_judge(options: JudgeOptions, *, weights: bool = True) -> Judge:
 
     Args:
         options: the choices.
-        weights: whether to fetch and hash the weights; without, the judge is only good for showing.
+        weights: whether to fetch the weights; without, the judge may be good for showing only.
 
     Raises:
         UsageError, RubricError, ModelError: one line, with the value and the fix.
@@ -161,7 +165,7 @@ def plan_judge(options: JudgeOptions, *, weights: bool = True) -> Judge:
         engine_name=engine,
         options=options,
         pixels=_pixels(options, checkpoint),
-        weights=weights_hash(checkpoint.path) if weights else "not read",
+        weights=weights_hash(checkpoint.path) if weights or has_weights(checkpoint.path) else NOT_READ,
         builder=builder,
         notices=tuple(notices),
     )

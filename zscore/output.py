@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -122,11 +123,20 @@ class Output:
                 self._parts.delete(self.part_name(shard))
             if not self.is_folder:
                 self.discard_parts()
-        elif before := self._run():
-            check_settings(before["settings"], self._settings, self.out)
+        elif before := self.check_begun():
             self.attempt = before["attempt"]
             return
         self._write_run()
+
+    def check_begun(self) -> dict[str, Any]:
+        """What an earlier run wrote down about itself; empty where there was none.
+
+        Raises:
+            OutputMismatchError: its settings were others; names the first that differs.
+        """
+        if before := self._run():
+            check_settings(before["settings"], self._settings, self.out)
+        return before
 
     def begin_retry(self, shards: Sequence[ShardRef]) -> None:
         """Turn a finished output back into parts, so that those with failures can be done again.
@@ -136,9 +146,7 @@ class Output:
             OutputMismatchError: it was made with other settings or of other shards.
         """
         attempt = self.attempt
-        if not self._run() and (self.is_folder or self.final_metadata() is None):
-            raise OutputError(f"--retry-failed: there is no {self.out} yet; run without it first")
-        self._check_retried(shards)
+        self.check_retry(shards)
         if self._run().get("retry") or self.is_folder:
             self.begin(shards)
             if not self.is_folder:  # an interrupted retry goes on where it was
@@ -149,17 +157,30 @@ class Output:
             self._split_final()
         self._write_run(retry=True)
 
-    def _check_retried(self, shards: Sequence[ShardRef]) -> None:
-        """A retry of some shards only would drop the others' rows."""
+    def check_retry(self, shards: Sequence[ShardRef]) -> dict[str, int]:
+        """Rows by status, as far as they are known, of what a retry would start from.
+
+        Raises:
+            OutputError: there is nothing to retry.
+            OutputMismatchError: it was made of other shards or with other settings.
+        """
         metadata = self.final_metadata()
+        before = self.check_begun()
         if metadata is None:
-            return
-        before = {name for name, _, _ in metadata["inputs"]}
-        if before != {shard.name for shard in shards}:
-            raise OutputMismatchError(
-                f"{self.out} holds {len(before)} shards, and --retry-failed was given {len(shards)} others or only some"
-                " of them: give the same inputs as before"
+            if not before:
+                raise OutputError(f"--retry-failed: there is no {self.out} yet; run without it first")
+            counts: Counter[str] = Counter()
+            for info in self.finished(shards).values():
+                counts.update(info.counts)
+            return dict(counts)
+        check_settings(metadata.get("options", {}), self._settings, self.out)
+        if {name for name, _, _ in metadata["inputs"]} != {shard.name for shard in shards}:
+            raise OutputMismatchError(  # a retry of some shards only would drop the others' rows
+                f"{self.out} holds {len(metadata['inputs'])} shards, and --retry-failed was given {len(shards)} others"
+                " or only some of them: give the same inputs as before"
             )
+        found: dict[str, int] = metadata["counts"]
+        return found
 
     @property
     def is_retrying(self) -> bool:

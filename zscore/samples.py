@@ -188,7 +188,7 @@ class _Run:
         elif rank < self._rank:
             self._rank = rank
             if tar.size > limit:
-                text = f"{shown(tar.name)} has {tar.size} bytes; the limit is {limit} (max_image_bytes)"
+                text = f"{shown(tar.name)} has {tar.size} bytes; the limit is {limit}: raise --max-image-bytes"
                 self._image = Failure(Status.IMAGE_TOO_LARGE, text)
             elif tar.kind is _SPARSE:
                 self._image = Failure(Status.BAD_IMAGE, _sparse(tar))
@@ -200,7 +200,7 @@ class _Run:
         if tar.kind is not _FILE and tar.kind is not _SPARSE:
             self._note(tar)
         elif tar.size > limit:
-            text = f"{shown(tar.name)} has {tar.size} bytes; the limit is {limit} (max_text_bytes)"
+            text = f"{shown(tar.name)} has {tar.size} bytes; the limit is {limit}: raise --max-text-bytes"
             self._texts[suffix] = Failure(Status.PROMPT_TOO_LONG, text)
         elif tar.kind is _SPARSE:
             self._texts[suffix] = Failure(Status.BAD_TEXT, _sparse(tar))

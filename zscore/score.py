@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from zscore.errors import OutputMismatchError, UsageError
 from zscore.feed import feed
+from zscore.judge import NOT_READ
 from zscore.output import Output, PartWriter, check_settings
 from zscore.parquet import BYTES_PER_BATCH, ROWS_PER_BATCH, rows_to_table
 from zscore.prepare import Prefetch, Prepared, ShardEnd, prepare
@@ -95,7 +96,7 @@ def score(options: ScoreOptions, judge: Judge, reporter: Reporter, shards: Seque
     if options.retry_failed and options.overwrite:
         raise UsageError("--retry-failed keeps good rows, --overwrite drops them: give one of the two")
     shards = expand(options.inputs) if shards is None else shards
-    run = _Run(options, judge, shards, reporter)
+    run = _Run(options, judge, shards)
     with run.output.locked(shards):
         if not options.overwrite and not options.retry_failed and run.already_done():
             return run.summary
@@ -103,8 +104,19 @@ def score(options: ScoreOptions, judge: Judge, reporter: Reporter, shards: Seque
         todo = [shard for shard in shards if shard.name not in run.finished]
         reporter.begin(shards, {name: info.counts for name, info in run.finished.items()}, options.limit)
         if todo:
-            run.score_with(judge.engine)
+            run.score_with(judge.engine, reporter)
         return run.end()
+
+
+def outlook(options: ScoreOptions, judge: Judge, shards: Sequence[ShardRef]) -> str:
+    """What `score` would do with the output, in a few words; nothing is written.
+
+    Raises:
+        ZscoreError: `score` would refuse it.
+    """
+    if judge.weights == NOT_READ:
+        return "not compared, the model's weights aren't here"
+    return _Run(options, judge, shards).outlook()
 
 
 def default_workers() -> int:
@@ -115,12 +127,11 @@ def default_workers() -> int:
 class _Run:
     """One call of `score`."""
 
-    def __init__(self, options: ScoreOptions, judge: Judge, shards: Sequence[ShardRef], reporter: Reporter) -> None:
+    def __init__(self, options: ScoreOptions, judge: Judge, shards: Sequence[ShardRef]) -> None:
         self._options = options
         self._judge = judge
         self._shards = shards
         self._by_name = {shard.name: shard for shard in shards}
-        self._reporter = reporter
         settings = {**judge.settings(), **asdict(options.read), "limit": options.limit}
         # Compared with what was read back from JSON: tuples are lists there.
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
@@ -136,21 +147,14 @@ class _Run:
         self.finished: dict[str, PartInfo] = {}
 
     def already_done(self) -> bool:
-        """Whether a finished file of these very shards lies there.
+        """Whether a finished file of these very shards lies there; sums it up.
 
         Raises:
             OutputMismatchError: a finished file lies there, but of other shards or settings.
         """
-        metadata = self.output.final_metadata()
+        metadata = self._finished_file()
         if metadata is None:
             return False
-        check_settings(metadata.get("options", {}), self._settings, self._options.out)
-        if metadata.get("inputs") != self._inputs():
-            raise OutputMismatchError(
-                f"{self._options.out} is finished, and its shards were others or have changed since"
-                f" ({len(metadata.get('inputs', []))} then, {len(self._shards)} now):"
-                " --overwrite to score everything again, or give another --out"
-            )
         if not self.output.is_retrying:
             self.output.discard_parts()
         self.summary.counts.update(metadata["counts"])
@@ -158,15 +162,43 @@ class _Run:
         self.summary.already_done = True
         return True
 
+    def _finished_file(self) -> dict[str, Any] | None:
+        metadata = self.output.final_metadata()
+        if metadata is None:
+            return None
+        check_settings(metadata.get("options", {}), self._settings, self._options.out)
+        if metadata.get("inputs") != self._inputs():
+            raise OutputMismatchError(
+                f"{self._options.out} is finished, and its shards were others or have changed since"
+                f" ({len(metadata.get('inputs', []))} then, {len(self._shards)} now):"
+                " --overwrite to score everything again, or give another --out"
+            )
+        return metadata
+
+    def outlook(self) -> str:
+        """What would happen to the output; reads only.
+
+        Raises:
+            OutputMismatchError: the run would be refused.
+        """
+        if self._options.overwrite:
+            return "scored anew, whatever lies there"
+        if self._options.retry_failed:
+            counts = self.output.check_retry(self._shards)
+            failed = sum(counts.values()) - counts.get(Status.OK, 0)
+            return f"{failed} of {sum(counts.values())} rows scored again"
+        if self._finished_file() is not None:
+            return "complete: nothing to do"
+        self.output.check_begun()
+        done = len(self.output.finished(self._shards))
+        return f"resumed: {done} of {len(self._shards)} shards are done" if done else "new"
+
     def _inputs(self) -> list[list[Any]]:
         return [[shard.name, shard.size, shard.version] for shard in self._shards]
 
     def begin(self) -> None:
         """Find out what is left to do."""
         if self._options.retry_failed:
-            before = self.output.final_metadata()
-            if before is not None:
-                check_settings(before.get("options", {}), self._settings, self._options.out)
             self.output.begin_retry(self._shards)
         else:
             self.output.begin(self._shards, overwrite=self._options.overwrite)
@@ -177,13 +209,13 @@ class _Run:
             valid = set(takewhile(self.finished.__contains__, names))
             self.finished = {name: info for name, info in self.finished.items() if name in valid}
 
-    def score_with(self, load: Callable[[], Engine]) -> None:
+    def score_with(self, load: Callable[[], Engine], reporter: Reporter) -> None:
         """Run the stages over what is left."""
         workers = default_workers() if self._options.workers is None else self._options.workers
         # The pool starts before the model loads: its processes must not inherit a CUDA context, and importing
         # numpy in them overlaps with reading weights.
         with DecodePool(self._judge.pixels, workers=workers) as pool, contextlib.ExitStack() as stack:
-            self._reporter.loading(self._judge)
+            reporter.loading(self._judge)
             engine = load()
             stack.callback(engine.close)
             described = {"name": engine.name, "version": engine.version, "dtype": engine.dtype}
@@ -192,7 +224,7 @@ class _Run:
             stages: Iterator[Prepared | ShardEnd] = prepare(self._samples(), pool, self._judge.builder)
             # One sample ahead of each worker hides the hand-over; more would only hold pixels in memory.
             with Prefetch(stages, max(2, workers)) as prepared:
-                self._write(feed(prepared, engine))
+                self._write(feed(prepared, engine), reporter)
 
     def _samples(self) -> Iterator[Sample | ShardEnd]:
         left = self._options.limit
@@ -215,7 +247,7 @@ class _Run:
         kept = self.output.kept_rows(shard)
         return frozenset() if kept is None else frozenset(kept["index"].to_pylist())
 
-    def _write(self, rows: Iterator[ScoreRow | ShardEnd]) -> None:
+    def _write(self, rows: Iterator[ScoreRow | ShardEnd], reporter: Reporter) -> None:
         while (first := next(rows, None)) is not None:
             name = first.shard.name if isinstance(first, ShardEnd) else first.shard
             shard = self._by_name[name]
@@ -226,11 +258,11 @@ class _Run:
                 while isinstance(item, ScoreRow):
                     sink.add(item)
                     self.summary.scored += 1
-                    self._reporter.row(item)
+                    reporter.row(item)
                     item = next(rows, None)
                 sink.close()
             self.finished[name] = self.output.info(shard, part)
-            self._reporter.shard_done(shard)
+            reporter.shard_done(shard)
 
     def end(self) -> Summary:
         """Commit and count."""

@@ -167,7 +167,9 @@ class Texts:
         except zlib.error as error:
             raise TextFault(Status.BAD_TEXT, f".{suffix} isn't gzip: {error}") from None
         if len(text) > self._limit:
-            raise TextFault(Status.PROMPT_TOO_LONG, f".{suffix} inflates to over {self._limit} bytes (max_text_bytes)")
+            raise TextFault(
+                Status.PROMPT_TOO_LONG, f".{suffix} inflates to over {self._limit} bytes: raise --max-text-bytes"
+            )
         if not inflater.eof:
             raise TextFault(Status.BAD_TEXT, f".{suffix} ends before its gzip stream does")
         return text

@@ -55,6 +55,12 @@ def score(
     group_key: Annotated[
         str | None, typer.Option(help="JSON field that groups candidates.", show_default="hash of the prompt")
     ] = None,
+    max_image_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Largest picture file that is read.", show_default="256 MiB")
+    ] = None,
+    max_text_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Largest text or JSON file that is read.", show_default="1 MiB")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Decode processes.", show_default="one a core, at most 8")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
     max_failed: Annotated[
@@ -87,7 +93,13 @@ def score(
     from zscore.samples import ReadOptions
     from zscore.score import ScoreOptions
 
-    read: dict[str, Any] = {"image_keys": image_keys, "prompt_keys": prompt_keys, "group_key": group_key}
+    read: dict[str, Any] = {
+        "image_keys": image_keys,
+        "prompt_keys": prompt_keys,
+        "group_key": group_key,
+        "max_image_bytes": max_image_bytes,
+        "max_text_bytes": max_text_bytes,
+    }
     options = ScoreOptions(
         inputs=tuple(inputs),
         out=out,
@@ -195,6 +207,7 @@ def _show_plan(options: ScoreOptions, judge: Judge, shards: Sequence[ShardRef]) 
     from rich.table import Table
 
     from zscore.samples import count_samples
+    from zscore.score import outlook
 
     samples = sum(count_samples(shard, options.read) for shard in shards)
     table = Table(title="dry run: nothing is loaded or written", title_justify="left", show_header=False)
@@ -208,7 +221,7 @@ def _show_plan(options: ScoreOptions, judge: Judge, shards: Sequence[ShardRef]) 
         "layout": judge.layout,
         "image budget": f"{judge.pixels.max_pixels} pixels, {judge.pixels.max_pixels // judge.pixels.factor**2} tokens",
         "prompt tokens": f"{judge.builder.overhead} besides picture and prompt",
-        "output": options.out,
+        "output": f"{options.out}: {outlook(options, judge, shards)}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
