@@ -1,7 +1,8 @@
 """Does memory of `zscore score` depend on how much it scores?
 
 Peak memory (PSS of the whole process tree, sampled every 20 ms) of `zscore score` at 1×, 4× and 16× the shards and
-samples, and of the same vLLM engine alone, fed the same prompts from memory one at a time.
+samples, and of the same vLLM engine alone, fed the same prompts from memory one at a time. Beside each picture lie
+rows that fail (a prompt of 1 kB without a picture), which pass the engine by.
 
     python benchmarks/score_memory.py [--samples 60]
 """
@@ -21,6 +22,7 @@ from score_throughput import RUBRIC, judge_of, write_inputs  # type: ignore[impo
 
 BASE_SHARDS = 4
 ENGINE_PICTURES = 48
+TEXT_ONLY = 20
 
 
 def peak_mb(command: list[str]) -> float:
@@ -51,7 +53,8 @@ def engine_alone(folder: Path) -> None:
     judge = judge_of(folder)
     engine = judge.engine()
     shard = expand([str(folder / "1x" / "shards")])[0]
-    for tag, sample in zip(range(ENGINE_PICTURES), list(read_samples(shard)) * ENGINE_PICTURES, strict=False):
+    pictures = [sample for sample in read_samples(shard) if sample.image] * ENGINE_PICTURES
+    for tag, sample in enumerate(pictures[:ENGINE_PICTURES]):
         pixels = images.load(sample.image, judge.pixels)
         assert isinstance(pixels, Pixels)
         built = judge.builder.build(sample.prompt, pixels)
@@ -80,17 +83,21 @@ def main() -> None:
         peaks = {}
         for factor in (1, 4, 16):
             (folder / f"{factor}x").mkdir()
-            write_inputs(folder / f"{factor}x", options.samples * factor, options.samples // BASE_SHARDS)
+            write_inputs(
+                folder / f"{factor}x", options.samples * factor, options.samples // BASE_SHARDS, text_only=TEXT_ONLY
+            )
         engine = peak_mb([sys.executable, __file__, "--engine-alone", str(folder)])
         for factor in (1, 4, 16):
             score = ["score", str(folder / f"{factor}x" / "shards"), "--out", str(folder / f"{factor}.parquet")]
             model = ["--model", str(folder / "student"), "--rubric", str(folder / "bench.toml"), "--engine", "vllm"]
-            peaks[factor] = peak_mb([sys.executable, "-m", "zscore", *score, *model, "--max-pixels", str(512 * 512)])
+            settings = ["--max-pixels", str(512 * 512), "--max-failed", "1"]
+            peaks[factor] = peak_mb([sys.executable, "-m", "zscore", *score, *model, *settings])
             print(f"{factor}×: {peaks[factor]:.0f} MB (engine alone {engine:.0f} MB)", flush=True)
     report(
         "score_memory",
         {
-            "samples": {f"{factor}x": options.samples * factor for factor in peaks},
+            "pictures": {f"{factor}x": options.samples * factor for factor in peaks},
+            "failing_rows": {f"{factor}x": TEXT_ONLY * options.samples * factor for factor in peaks},
             "shards": {f"{factor}x": BASE_SHARDS * factor for factor in peaks},
             "peak_mb": {f"{factor}x": round(peak) for factor, peak in peaks.items()},
             "engine_alone_mb": round(engine),

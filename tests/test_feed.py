@@ -167,8 +167,8 @@ def test_prefetch_is_bounded():
             time.sleep(0.01)
         time.sleep(0.1)
         assert len(produced) <= 5
-        got = [queue.get(block=True) for _ in range(100)]
+        got = [next(queue) for _ in range(100)]
         assert got == list(range(100))
         for _ in range(2):
             with pytest.raises(StopIteration):
-                queue.get(block=True)
+                next(queue)

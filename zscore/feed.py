@@ -22,28 +22,22 @@ MAX_WAITING = 128
 def feed(prepared: Prefetch[Prepared | ShardEnd], engine: Engine) -> Iterator[ScoreRow | ShardEnd]:
     """Score prepared samples; rows come out in the order that the samples went in, each shard's end after its rows.
 
-    The engine holds at most `max_in_flight` prompts (and those of one more sample). With a lockstep engine, batches
-    are formed by position in the shard alone, never by what happened to be ready.
+    The engine holds at most `max_in_flight` prompts (and those of one more sample), and runs when it holds that many:
+    on a CPU, decoding has the cores until then, and a small batch would cost more than the wait. With a lockstep
+    engine, batches are formed by position in the shard alone.
     """
     loop = _Loop(engine)
-    ended = False
-    while not ended:
-        try:
-            item = prepared.get(block=engine.lockstep or not loop.in_flight)
-        except StopIteration:
-            ended = True
-            item = None
-        if item is not None:
-            loop.add(item)
-        if ended or (engine.lockstep and isinstance(item, ShardEnd)):
+    for item in prepared:
+        loop.add(item)
+        if engine.lockstep and isinstance(item, ShardEnd):
             loop.drain()
-        elif item is None:
-            loop.step()
         # Failed samples cost the engine nothing, but wait behind those in it for their turn.
         while loop.in_flight >= engine.max_in_flight or (loop.in_flight and loop.waiting > MAX_WAITING):
             loop.step()
             yield from loop.finished()
         yield from loop.finished()
+    loop.drain()
+    yield from loop.finished()
 
 
 class _Loop:

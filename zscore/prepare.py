@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar, cast
 
 from zscore.records import EnginePrompt, Failure, Pixels, Sample, ShardRef
 
@@ -149,20 +149,15 @@ class Prefetch(Generic[T]):
             except queue.Empty:
                 continue
 
-    def get(self, *, block: bool) -> T | None:
-        """The next item; None where there is none yet (`block=False`).
+    def __iter__(self) -> Self:
+        return self
 
-        Raises:
-            StopIteration: the iterator has ended.
-        """
-        try:
-            item, error = self._queue.get(block=block)
-        except queue.Empty:
-            return None
+    def __next__(self) -> T:
+        item, error = self._queue.get()
         if error is not None:
             self._queue.put((None, error))  # for whoever asks again
             raise error
-        return item
+        return cast("T", item)
 
     def _run(self) -> None:
         error: BaseException = StopIteration()

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from zscore.progress import Reporter
 
 
+# Of 3 MB each, at the largest default picture; about what an engine takes at once.
+PREFETCHED = 16
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreOptions:
     """What `zscore score` may be told besides the judge."""
@@ -215,16 +219,16 @@ class _Run:
         # The pool starts before the model loads: its processes must not inherit a CUDA context, and importing
         # numpy in them overlaps with reading weights.
         with DecodePool(self._judge.pixels, workers=workers) as pool, contextlib.ExitStack() as stack:
+            # Pictures are decoded while the model loads, and while the engine is at its last batch.
+            stages: Iterator[Prepared | ShardEnd] = prepare(self._samples(), pool, self._judge.builder)
+            prepared = stack.enter_context(Prefetch(stages, PREFETCHED))
             reporter.loading(self._judge)
             engine = load()
             stack.callback(engine.close)
             described = {"name": engine.name, "version": engine.version, "dtype": engine.dtype}
             self.output.check_engine(described)
             self._provenance["engine"] = described
-            stages: Iterator[Prepared | ShardEnd] = prepare(self._samples(), pool, self._judge.builder)
-            # One sample ahead of each worker hides the hand-over; more would only hold pixels in memory.
-            with Prefetch(stages, max(2, workers)) as prepared:
-                self._write(feed(prepared, engine), reporter)
+            self._write(feed(prepared, engine), reporter)
 
     def _samples(self) -> Iterator[Sample | ShardEnd]:
         left = self._options.limit

@@ -169,6 +169,8 @@ def model_limit(model: str) -> int:
 def prepare_import() -> None:
     """Set what vLLM and torch read when they are imported; a user's own settings win."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Where the engine shares its cores with decoding, a thread that waits by spinning takes them from it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not debugging():
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
