@@ -1,14 +1,16 @@
 """One joint prompt a picture through our engine, against four prompts through vLLM's own `LLM.classify`.
 
-Both score the same pictures, on the same body, from decoded RGB, with the prompts of the z-reward rubric: ours cuts
-its patches and reads four probes in one prefill; the other runs vLLM's image path and its conversion to a classifier,
-with the prefix cache and the multimodal cache on. Each lives in a process of its own, and rounds alternate; every
-round has pictures of its own, so that nothing carries over.
+Both score the same pictures, on the same body, from decoded RGB, with the same rubric: ours cuts its patches and reads
+four probes in one prefill; the other runs vLLM's image path and its conversion to a classifier, with the prefix cache
+and the multimodal cache on. Each lives in a process of its own, and rounds alternate; every round has pictures of its
+own, so that nothing carries over. The body and the short rubric are those of score_throughput.py; the z-reward rubric
+puts some 480 tokens around a picture.
 
 What bounds the ratio is in the figures: the tokens that each side computes for a picture. Separate prompts longer than
-a block of the prefix cache share their first blocks, and compute less than four times as much.
+a block of the prefix cache (some 500 tokens here as in the 9B: a recurrent state is as large as the keys and values of
+so many) share their first blocks, and compute less than four times as much.
 
-    python benchmarks/joint_vs_classify.py [--edges 512 640 1024] [--pictures 8] [--rounds 7]
+    python benchmarks/joint_vs_classify.py [--edges 512 640 1024] [--pictures 8] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -28,31 +30,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _common import report
+from score_throughput import RUBRIC, TEXT
 
 from zscore.patches import PixelOptions, cut
 from zscore.records import EnginePrompt, Failure, Pixels
-from zscore.rubrics.rubric import load_rubric
+from zscore.rubrics.rubric import Rubric, load_rubric
 from zscore.templates import PromptBuilder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# One core without bfloat16 instructions takes 50 to 100 ms for a joint prompt at 256 image tokens; most of it is the
-# gated delta net, whose CPU kernel has no blocked path for such cores. As in the 9B, a recurrent state is as large as
-# the keys and values of about 528 tokens, which is what vLLM makes its cache's blocks of; and the tower takes about a
-# tenth of the time (there 7 % at 256 image tokens, 14 % at 1,024).
-TEXT = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "full_attention_interval": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "max_position_embeddings": 8192,
-}
-VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 1}
 PROMPT = "a photo of a red cat and a blue dog on a green table in the kitchen, soft light, number {}"
 LONGEST = 4096
 
@@ -64,9 +51,9 @@ def pictures(count: int, edge: int, seed: int) -> list[np.ndarray[Any, np.dtype[
     return [(ramp + rng.integers(0, 64, (edge, edge, 3), np.uint32)).astype(np.uint8) for _ in range(count)]
 
 
-def builder(model: Path, layout: Any) -> PromptBuilder:
-    """Prompts of the default rubric."""
-    return PromptBuilder(model, load_rubric("z-reward"), layout, merge=2, max_tokens=LONGEST)
+def builder(model: Path, rubric: Rubric, layout: Any) -> PromptBuilder:
+    """Prompts of a rubric."""
+    return PromptBuilder(model, rubric, layout, merge=2, max_tokens=LONGEST)
 
 
 def built(prompts: PromptBuilder, text: str, pixels: Pixels) -> list[EnginePrompt]:
@@ -76,11 +63,11 @@ def built(prompts: PromptBuilder, text: str, pixels: Pixels) -> list[EnginePromp
     return found
 
 
-def joint(model: Path) -> Callable[[list[Any], int], int]:
+def joint(model: Path, rubric: Rubric) -> Callable[[list[Any], int], int]:
     """Our engine; scores pictures and returns how many tokens it had to compute."""
     from zscore.engines.vllm import VllmConfig, VllmEngine
 
-    rubric, prompts = load_rubric("z-reward"), builder(model, "joint")
+    prompts = builder(model, rubric, "joint")
     config = VllmConfig(max_model_len=LONGEST, max_num_batched_tokens=LONGEST)
     engine = VllmEngine(model, level_token_ids=prompts.level_ids, level_values=rubric.values, config=config)
 
@@ -99,7 +86,7 @@ def joint(model: Path) -> Callable[[list[Any], int], int]:
     return score
 
 
-def classify(model: Path) -> Callable[[list[Any], int], int]:
+def classify(model: Path, rubric: Rubric) -> Callable[[list[Any], int], int]:
     """VLLM's own way; the same contract."""
     from zscore.engines.vllm_start import prepare_import, quiet
 
@@ -111,7 +98,7 @@ def classify(model: Path) -> Callable[[list[Any], int], int]:
         from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration
 
         ModelRegistry.register_model("Qwen3_5ForConditionalGeneration", Qwen3_5ForConditionalGeneration)
-        words = [level.token for level in load_rubric("z-reward").levels]
+        words = [level.token for level in rubric.levels]
         override = {"classifier_from_token": words, "method": "no_post_processing"}
         llm = LLM(
             model=str(model),
@@ -127,7 +114,7 @@ def classify(model: Path) -> Callable[[list[Any], int], int]:
             enforce_eager=True,
             disable_log_stats=True,
         )
-    prompts = builder(model, "separate")
+    prompts = builder(model, rubric, "separate")
     image_token = llm.llm_engine.model_config.hf_config.image_token_id
 
     def score(images: list[Any], seed: int) -> int:
@@ -148,7 +135,7 @@ def classify(model: Path) -> Callable[[list[Any], int], int]:
 
 def serve(side: str, model: Path, options: argparse.Namespace) -> None:
     """Score a round for each line on stdin; answer with one line of JSON."""
-    score = {"joint": joint, "classify": classify}[side](model)
+    score = {"joint": joint, "classify": classify}[side](model, load_rubric(options.rubric))
     for edge in options.edges:
         score(pictures(2, edge, 10**6 + edge), 10**6 + edge)
     print("ready", flush=True)
@@ -167,23 +154,32 @@ def main() -> None:
     if options.side:
         serve(options.side, Path(options.model), options)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    result: dict[str, Any] = {"pictures_per_round": options.pictures, "rounds": options.rounds, "body": TEXT}
+    result["target"] = "ratio >= 2.5 at 256 image tokens or more, 50 to 100 ms a picture on the joint side"
+    with tempfile.TemporaryDirectory() as name:
         from zscore.demo.student import build_student
 
-        model = build_student(Path(folder), text=TEXT, vision=VISION)
-        sides = {side: _spawn(side, model, options.threads) for side in ("joint", "classify")}
-        try:
-            rounds: dict[int, list[dict[str, dict[str, float]]]] = {edge: [] for edge in options.edges}
-            for seed in range(options.rounds):
-                for edge, found in rounds.items():
-                    order = sorted(sides) if seed % 2 else sorted(sides)[::-1]
-                    found.append({side: _round(sides[side], edge, seed * 10_000 + edge) for side in order})
-        finally:
-            for process in sides.values():
-                process.kill()
-    settings = {"pictures_per_round": options.pictures, "rounds": options.rounds, "threads": options.threads}
-    sizes = {f"{(edge // 32) ** 2}_image_tokens": _summary(found, options.pictures) for edge, found in rounds.items()}
-    report(f"joint_vs_classify{options.suffix}", {**settings, "target_ratio": 2.5, **sizes})
+        folder = Path(name)
+        model = build_student(folder / "student", text=TEXT)
+        (folder / "bench.toml").write_text(RUBRIC)
+        for title, rubric in (("short_rubric", str(folder / "bench.toml")), ("z_reward_rubric", "z-reward")):
+            for edge, found in _compare(model, rubric, options).items():
+                result[f"{title}_{(edge // 32) ** 2}_image_tokens"] = _summary(found, options.pictures)
+    report("joint_vs_classify", result)
+
+
+def _compare(model: Path, rubric: str, options: argparse.Namespace) -> dict[int, list[dict[str, dict[str, float]]]]:
+    rounds: dict[int, list[dict[str, dict[str, float]]]] = {edge: [] for edge in options.edges}
+    sides = {side: _spawn(side, model, rubric) for side in ("joint", "classify")}
+    try:
+        for seed in range(options.rounds):
+            for edge, found in rounds.items():
+                order = sorted(sides) if seed % 2 else sorted(sides)[::-1]
+                found.append({side: _round(sides[side], edge, seed * 10_000 + edge) for side in order})
+    finally:
+        for process in sides.values():
+            process.kill()
+    return rounds
 
 
 def _options() -> argparse.Namespace:
@@ -192,22 +188,19 @@ def _options() -> argparse.Namespace:
         "--edges", type=int, nargs="+", default=[512, 640, 1024], help="of pictures; 32² pixels a token"
     )
     parser.add_argument("--pictures", type=int, default=8, help="per round")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1, help="of each side; one is least disturbed by other work")
-    parser.add_argument("--suffix", default="", help="of the result's name")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5)
+    for name in ("--side", "--model", "--rubric"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _spawn(side: str, model: Path, threads: int) -> subprocess.Popen[str]:
+def _spawn(side: str, model: Path, rubric: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, __file__, *sys.argv[1:], "--side", side, "--model", str(model)],
+        [sys.executable, __file__, *sys.argv[1:], "--side", side, "--model", str(model), "--rubric", rubric],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         bufsize=1,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "ready", f"{side} didn't start"

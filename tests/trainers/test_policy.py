@@ -1,0 +1,153 @@
+"""The policy on the real architecture: the demo student's body in transformers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engines.vllm_prompts import LEVEL_IDS, joint
+from zscore.demo.student import demo_student
+from zscore_trainers.policy import PolicyBatch, ScorePolicy, find_score, token_logprobs
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(demo_student(), dtype=torch.float32).eval()
+
+
+def batch_of(prompts, *, longer=0):
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    tokens = torch.zeros(len(prompts), max(lengths) + longer, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : lengths[row]] = torch.tensor(prompt.token_ids)
+        mask[row, : lengths[row]] = 1
+    patches = [torch.from_numpy(prompt.pixels.patches_NCPP).float() / 127.5 - 1 for prompt in prompts]
+    pixels = torch.cat([one.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1) for one in patches])
+    grid = torch.tensor([(1, *prompt.pixels.grid) for prompt in prompts])
+    return PolicyBatch(
+        tokens_BT=tokens, mask_BT=mask, pixels_NX=pixels, grid_B3=grid, score_at_B=torch.tensor(lengths) - 1
+    )
+
+
+PROMPTS = [joint(seed, words=20 + 9 * seed) for seed in range(3)]
+
+
+def dense(model, batch):
+    """The plain way: all logits."""
+    logits = model(
+        input_ids=batch.tokens_BT,
+        attention_mask=batch.mask_BT,
+        mm_token_type_ids=(batch.tokens_BT == model.config.image_token_id).int(),
+        pixel_values=batch.pixels_NX,
+        image_grid_thw=batch.grid_B3,
+        use_cache=False,
+    ).logits
+    logprob = logits[:, :-1].log_softmax(-1).gather(-1, batch.tokens_BT[:, 1:, None])[..., 0] * batch.mask_BT[:, 1:]
+    rows = torch.arange(len(logits))
+    return torch.nn.functional.pad(logprob, (1, 0)), logits[rows, batch.score_at_B - 1][:, list(LEVEL_IDS)]
+
+
+def gradients(model):
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_chunks_give_what_all_logits_give(model, chunk):
+    batch = batch_of(PROMPTS)
+    wanted_logprob, wanted_scores = dense(model, batch)
+    (wanted_logprob.sum() + wanted_scores.square().sum()).backward()
+    wanted_gradient = gradients(model)
+    output = ScorePolicy(model, LEVEL_IDS, chunk=chunk)(batch)
+    torch.testing.assert_close(output.logprob_BT, wanted_logprob, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.score_logits_BK, wanted_scores, rtol=1e-4, atol=1e-4)
+    (output.logprob_BT.sum() + output.score_logits_BK.square().sum()).backward()
+    found = gradients(model)
+    assert (found - wanted_gradient).norm() < 1e-4 * wanted_gradient.norm()
+
+
+def test_padding_on_the_right_changes_nothing(model):
+    policy = ScorePolicy(model, LEVEL_IDS)
+    with torch.no_grad():
+        alone = [policy(batch_of([prompt])) for prompt in PROMPTS]
+        padded = policy(batch_of(PROMPTS, longer=13))
+    for row, (one, prompt) in enumerate(zip(alone, PROMPTS, strict=True)):
+        length = len(prompt.token_ids)
+        torch.testing.assert_close(padded.logprob_BT[row, :length], one.logprob_BT[0], rtol=1e-4, atol=1e-4)
+        assert padded.logprob_BT[row, length:].abs().sum() == 0
+        torch.testing.assert_close(padded.score_logits_BK[row], one.score_logits_BK[0], rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_without_a_score_has_no_logits(model):
+    batch = batch_of(PROMPTS)
+    batch.score_at_B[1] = -1
+    with torch.no_grad():
+        found = ScorePolicy(model, LEVEL_IDS)(batch).score_logits_BK
+    assert found.isnan().all(-1).tolist() == [False, True, False]
+
+
+def test_without_logprobs_nothing_of_the_vocabulary_s_size_is_made(model, monkeypatch):
+    import zscore_trainers.policy as module
+
+    monkeypatch.setattr(module, "token_logprobs", lambda *_: pytest.fail("logits over the vocabulary"))
+    with torch.no_grad():
+        output = ScorePolicy(model, LEVEL_IDS)(batch_of(PROMPTS), with_logprobs=False)
+    assert output.logprob_BT.abs().sum() == 0
+    assert output.score_logits_BK.isfinite().all()
+
+
+def changed(batch, **fields):
+    names = ("tokens_BT", "mask_BT", "pixels_NX", "grid_B3", "score_at_B")
+    return PolicyBatch(**{name: fields.get(name, getattr(batch, name)) for name in names})
+
+
+def test_what_the_body_would_get_wrong_is_refused():
+    batch = batch_of(PROMPTS)
+    packed = batch.mask_BT.clone()
+    packed[0, 30:40] = 2
+    with pytest.raises(ValueError, match="packed input isn't exact"):
+        changed(batch, mask_BT=packed)
+    with pytest.raises(ValueError, match="padding must be on the right"):
+        changed(batch, mask_BT=batch.mask_BT.flip(1))
+    for outside in (0, int(batch.mask_BT[0].sum())):
+        score_at = batch.score_at_B.clone()
+        score_at[0] = outside
+        with pytest.raises(ValueError, match="score position outside"):
+            changed(batch, score_at_B=score_at)
+
+
+def test_token_logprobs_in_float64():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(11, 6, dtype=torch.float64), torch.randn(50, 6, dtype=torch.float64)
+    tokens = torch.randint(50, (11,))
+    found = token_logprobs(hidden.requires_grad_(), weight, tokens, chunk=4)
+    for row, token in enumerate(tokens.tolist()):
+        logits = (weight @ hidden[row].detach()).numpy()
+        wanted = logits[token] - (logits.max() + math.log(np.exp(logits - logits.max()).sum()))
+        assert float(found[row]) == pytest.approx(wanted, abs=1e-4)
+    assert token_logprobs(hidden[:0], weight, tokens[:0]).shape == (0,)
+
+
+MARKER = [90, 91]
+
+
+@pytest.mark.parametrize(
+    ("output", "position"),
+    [
+        ([1, 2, 90, 91, 17], 4),
+        ([16, 17, 18, 90, 91, 20, 2], 5),  # digits in the reasoning
+        ([90, 91, 16, 5, 90, 91, 24], 6),  # a marker in the reasoning
+        ([90, 91, 16, 5, 90, 91], None),  # cut off at the last marker
+        ([90, 91, 5], None),  # no level behind it
+        ([16, 17, 18], None),
+        ([90, 16, 91], None),
+        ([], None),
+    ],
+)
+def test_the_score_is_behind_the_last_marker(output, position):
+    assert find_score(output, MARKER, LEVEL_IDS) == position
