@@ -86,21 +86,20 @@ def joint(model: Path, rubric: Rubric) -> Callable[[list[Any], int], int]:
     return score
 
 
-def classify(model: Path, rubric: Rubric) -> Callable[[list[Any], int], int]:
-    """VLLM's own way; the same contract."""
+def _classifier(model: Path, rubric: Rubric) -> Any:
+    """The checkpoint as vLLM converts it, with its caches on."""
     from zscore.engines.vllm_start import prepare_import, quiet
 
     prepare_import()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as ours: a second process would share the same cores
     with quiet():
-        from PIL import Image
-        from vllm import LLM, ModelRegistry, PoolingParams
+        from vllm import LLM, ModelRegistry
         from vllm.model_executor.models.qwen3_5 import Qwen3_5ForConditionalGeneration
 
         ModelRegistry.register_model("Qwen3_5ForConditionalGeneration", Qwen3_5ForConditionalGeneration)
         words = [level.token for level in rubric.levels]
         override = {"classifier_from_token": words, "method": "no_post_processing"}
-        llm = LLM(
+        return LLM(
             model=str(model),
             runner="pooling",
             convert="classify",
@@ -114,6 +113,14 @@ def classify(model: Path, rubric: Rubric) -> Callable[[list[Any], int], int]:
             enforce_eager=True,
             disable_log_stats=True,
         )
+
+
+def classify(model: Path, rubric: Rubric) -> Callable[[list[Any], int], int]:
+    """VLLM's own way; the same contract."""
+    llm = _classifier(model, rubric)
+    from PIL import Image
+    from vllm import PoolingParams
+
     prompts = builder(model, rubric, "separate")
     image_token = llm.llm_engine.model_config.hf_config.image_token_id
 
