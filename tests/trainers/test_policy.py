@@ -125,7 +125,7 @@ def test_token_logprobs_in_float64():
     torch.manual_seed(0)
     hidden, weight = torch.randn(11, 6, dtype=torch.float64), torch.randn(50, 6, dtype=torch.float64)
     tokens = torch.randint(50, (11,))
-    found = token_logprobs(hidden.requires_grad_(), weight, tokens, chunk=4)
+    found = token_logprobs(hidden.requires_grad_(), weight, tokens, chunk=4).detach()
     for row, token in enumerate(tokens.tolist()):
         logits = (weight @ hidden[row].detach()).numpy()
         wanted = logits[token] - (logits.max() + math.log(np.exp(logits - logits.max()).sum()))

@@ -60,7 +60,7 @@ def whole():
     model, inputs = problem()
     value = loss_of(torch.arange(SAMPLES))(*forward(model, inputs))
     value.backward()
-    return float(value), gradients(model)
+    return float(value.detach()), gradients(model)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7, SAMPLES])
