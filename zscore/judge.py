@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zscore.chat_frames import QWEN_TOKENS
 from zscore.checkpoint import Checkpoint, has_weights, model_from_environment, read_checkpoint, weights_hash
 from zscore.engines.vllm import SUPPORTED
 from zscore.engines.vllm_classify import fallback_notice
@@ -155,9 +156,7 @@ def plan_judge(options: JudgeOptions, *, weights: bool = True) -> Judge:
         notices.append(f"{model} was trained on another rubric ({checkpoint.rubric}) than '{rubric.name}' as it stands")
     if checkpoint.rubric is None:
         notices.append(f"{model} has no zscore.json: it wasn't trained to score, so its scores are zero-shot")
-    builder = PromptBuilder(
-        checkpoint.path, rubric, layout, merge=checkpoint.merge, max_tokens=min(checkpoint.max_tokens, 16_384)
-    )
+    builder = _builder(checkpoint, rubric, layout, engine)
     return Judge(
         checkpoint=checkpoint,
         rubric=rubric,
@@ -169,6 +168,18 @@ def plan_judge(options: JudgeOptions, *, weights: bool = True) -> Judge:
         builder=builder,
         notices=tuple(notices),
     )
+
+
+def _builder(checkpoint: Checkpoint, rubric: Rubric, layout: Layout, engine: str) -> PromptBuilder:
+    builder = PromptBuilder(
+        checkpoint.path, rubric, layout, merge=checkpoint.merge, max_tokens=min(checkpoint.max_tokens, 16_384)
+    )
+    if not builder.places_pictures and (engine == "transformers" or checkpoint.architecture == SUPPORTED):
+        raise ModelError(
+            f"the tokenizer of {checkpoint.id} lacks one of {', '.join(QWEN_TOKENS)}: only --engine vllm"
+            " prompts a model by its chat template, and no Qwen3.5"
+        )
+    return builder
 
 
 def _layout(wanted: str | None, checkpoint: Checkpoint, *, classified: bool) -> Layout:

@@ -6,14 +6,16 @@ from contextlib import closing
 import numpy as np
 import pytest
 
+from tests import tiny_llava
 from tests.engines.vllm_prompts import LEVEL_IDS, LEVEL_VALUES, apart, run
 from zscore.demo import tokenizer
 from zscore.demo.student import demo_student
 from zscore.engines.vllm import VllmConfig, VllmEngine, open_vllm
 from zscore.engines.vllm_classify import VllmClassifyEngine, fallback_notice, rebuild
 from zscore.errors import ModelError, UsageError
+from zscore.judge import JudgeOptions, plan_judge
 from zscore.patches import PixelOptions, cut
-from zscore.records import EnginePrompt
+from zscore.records import EnginePrompt, Failure, Status
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 CUTTING = PixelOptions(patch=14, merge=2, min_pixels=3136)
@@ -128,6 +130,56 @@ def test_agrees_with_transformers_in_float32(engine, model):
     assert probability <= 1e-3
     assert mean <= 1e-3
     assert min(apart([scores[0]], [other])[1] for other in scores[1:]) > 0.01
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return tiny_llava.write(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def llava_judge(llava):
+    return plan_judge(JudgeOptions(model=str(llava), engine="vllm", dtype="float32"))
+
+
+def llava_logits(folder, prompts):
+    """Level logits by transformers alone: its model, its image processor, the placeholder expanded here."""
+    import torch
+    from transformers import CLIPImageProcessor, LlavaForConditionalGeneration
+
+    network = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    image = tiny_llava.ADDED.index("<image>")
+    rows = []
+    for one in prompts:
+        pixels = processor(rebuild(one.pixels, 2), return_tensors="pt")["pixel_values"]
+        ids = [same for token in one.token_ids for same in ([token] * 16 if token == image else [token])]
+        with torch.inference_mode():
+            rows.append(network(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0, -1])
+    return torch.stack(rows)
+
+
+@pytest.mark.vllm
+def test_another_family_is_prompted_by_its_own_chat_template(llava, llava_judge):
+    """A model with none of Qwen's chat tokens: the same distributions as transformers gives on the same prompts."""
+    builder = llava_judge.builder
+    said = "a cat <image> on </s> a <s> mat"
+    prompts = [
+        *builder.build(said, cut(picture(1, 96, 160), llava_judge.pixels)),
+        *builder.build("", cut(picture(2, 64, 64), llava_judge.pixels)),
+    ]
+    with closing(llava_judge.engine()) as engine:
+        scores = run(engine, prompts)
+        assert type(engine) is VllmClassifyEngine
+        room = engine.max_tokens - builder.overhead
+        longest = builder.build("x" * room, prompts[4].pixels)
+        refused = [one for one in run(engine, longest) if isinstance(one, Failure)]
+    wanted = llava_logits(llava, prompts)[:, list(builder.level_ids)].softmax(-1).numpy()
+    got = np.concatenate([one.probs_DK for one in scores])
+    assert np.abs(got - wanted).max() <= 1e-3
+    assert np.abs(got[0] - got[4]).max() > 0.005, "two pictures, one score"
+    assert [one.status for one in refused] == [Status.PROMPT_TOO_LONG]
+    assert "--max-pixels" in refused[0].error
 
 
 @pytest.mark.vllm

@@ -104,15 +104,18 @@ class VllmEngine:
             return
         name = self._pictures.enter(tag, prompt.pixels)
         try:
-            self._add(str(tag), prompt, name)
+            refusal = self._add(str(tag), prompt, name)
         except ZscoreError:
             self._pictures.leave(tag)
             raise
         except Exception as error:  # vLLM checks what it is given by raising anything
             self._pictures.leave(tag)
             raise EngineError(f"vLLM refused a prompt: {one_line(error)}") from error
+        if refusal is not None:
+            self._pictures.leave(tag)
+            self._refused.append((tag, refusal))
 
-    def _add(self, request: str, prompt: EnginePrompt, picture: str) -> None:
+    def _add(self, request: str, prompt: EnginePrompt, picture: str) -> Failure | None:
         import torch
         from vllm import PoolingParams
         from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
@@ -147,6 +150,7 @@ class VllmEngine:
             extra_kwargs={"probes": list(prompt.probes)},
         )
         self._engine.add_request(request, rendered, params)
+        return None
 
     def step(self) -> list[tuple[int, LevelScores | Failure]]:
         """Run one batch; return what it finished and what `submit` refused."""

@@ -18,10 +18,11 @@ from zscore.distribution import score_probes, unpack
 from zscore.engines.vllm import VllmEngine
 from zscore.engines.vllm_start import prepare_import, quiet, read_config, start
 from zscore.errors import ModelError, UsageError
+from zscore.records import Failure, Status
 
 if TYPE_CHECKING:
     from zscore.engines.vllm_start import VllmConfig
-    from zscore.records import EnginePrompt, Failure, LevelScores, Pixels
+    from zscore.records import EnginePrompt, LevelScores, Pixels
 
 
 class VllmClassifyEngine(VllmEngine):
@@ -46,7 +47,7 @@ class VllmClassifyEngine(VllmEngine):
         }
         return start(model, config, convert="classify", hf_overrides={"text_config": overrides})
 
-    def _add(self, request: str, prompt: EnginePrompt, picture: str) -> None:
+    def _add(self, request: str, prompt: EnginePrompt, picture: str) -> Failure | None:
         from vllm import PoolingParams
 
         if prompt.probes != (len(prompt.token_ids) - 1,):
@@ -54,14 +55,26 @@ class VllmClassifyEngine(VllmEngine):
                 "this architecture is scored by vLLM's classifier, one prompt a dimension: --layout separate"
             )
         tokens = list(prompt.token_ids)
-        first, count = tokens.index(self._image_token), tokens.count(self._image_token)
+        if count := tokens.count(self._image_token):
+            first = tokens.index(self._image_token)
+            tokens = [*tokens[: first + 1], *tokens[first + count :]]  # vLLM expands the placeholder
         raw = {
-            "prompt_token_ids": [*tokens[: first + 1], *tokens[first + count :]],  # vLLM expands the placeholder
+            "prompt_token_ids": tokens,
             "multi_modal_data": {"image": rebuild(prompt.pixels, self._merge)},
             "multi_modal_uuids": {"image": [picture]},
         }
-        with quiet():
-            self._engine.add_request(request, raw, PoolingParams(task="classify", use_activation=False))
+        try:
+            with quiet():
+                self._engine.add_request(request, raw, PoolingParams(task="classify", use_activation=False))
+        except Exception as error:
+            if "longer than the maximum model length" not in str(error):
+                raise
+            # How many tokens a picture takes, only the model's own processor knows.
+            return Failure(
+                Status.PROMPT_TOO_LONG,
+                f"more than {self.max_tokens} tokens with the picture's: shorten the prompt or lower --max-pixels",
+            )
+        return None
 
     def _scores(self, data: Any) -> LevelScores | Failure:
         import torch
