@@ -8,7 +8,8 @@ import torch
 
 from tests.engines.vllm_prompts import LEVEL_IDS, joint
 from zscore.demo.student import demo_student
-from zscore_trainers.policy import PolicyBatch, ScorePolicy, find_score, token_logprobs
+from zscore_trainers.policy import PolicyBatch, ScorePolicy, find_score
+from zscore_trainers.vocabulary import log_partition, token_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def batch_of(prompts, *, longer=0):
     pixels = torch.cat([one.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1) for one in patches])
     grid = torch.tensor([(1, *prompt.pixels.grid) for prompt in prompts])
     return PolicyBatch(
-        tokens_BT=tokens, mask_BT=mask, pixels_NX=pixels, grid_B3=grid, score_at_B=torch.tensor(lengths) - 1
+        tokens_BT=tokens, mask_BT=mask, pixels_NX=pixels, grid_B3=grid, probes_BD=torch.tensor(lengths).unsqueeze(-1) - 2
     )
 
 
@@ -48,7 +49,7 @@ def dense(model, batch):
     ).logits
     logprob = logits[:, :-1].log_softmax(-1).gather(-1, batch.tokens_BT[:, 1:, None])[..., 0] * batch.mask_BT[:, 1:]
     rows = torch.arange(len(logits))
-    return torch.nn.functional.pad(logprob, (1, 0)), logits[rows, batch.score_at_B - 1][:, list(LEVEL_IDS)]
+    return torch.nn.functional.pad(logprob, (1, 0)), logits[rows, batch.probes_BD[:, 0]][:, list(LEVEL_IDS)]
 
 
 def gradients(model):
@@ -65,8 +66,8 @@ def test_chunks_give_what_all_logits_give(model, chunk):
     wanted_gradient = gradients(model)
     output = ScorePolicy(model, LEVEL_IDS, chunk=chunk)(batch)
     torch.testing.assert_close(output.logprob_BT, wanted_logprob, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(output.score_logits_BK, wanted_scores, rtol=1e-4, atol=1e-4)
-    (output.logprob_BT.sum() + output.score_logits_BK.square().sum()).backward()
+    torch.testing.assert_close(output.score_logits_BDK[:, 0], wanted_scores, rtol=1e-4, atol=1e-4)
+    (output.logprob_BT.sum() + output.score_logits_BDK[:, 0].square().sum()).backward()
     found = gradients(model)
     assert (found - wanted_gradient).norm() < 1e-4 * wanted_gradient.norm()
 
@@ -80,15 +81,15 @@ def test_padding_on_the_right_changes_nothing(model):
         length = len(prompt.token_ids)
         torch.testing.assert_close(padded.logprob_BT[row, :length], one.logprob_BT[0], rtol=1e-4, atol=1e-4)
         assert padded.logprob_BT[row, length:].abs().sum() == 0
-        torch.testing.assert_close(padded.score_logits_BK[row], one.score_logits_BK[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(padded.score_logits_BDK[row], one.score_logits_BDK[0], rtol=1e-4, atol=1e-4)
 
 
 def test_an_output_without_a_score_has_no_logits(model):
     batch = batch_of(PROMPTS)
-    batch.score_at_B[1] = -1
+    batch.probes_BD[1] = -1
     with torch.no_grad():
-        found = ScorePolicy(model, LEVEL_IDS)(batch).score_logits_BK
-    assert found.isnan().all(-1).tolist() == [False, True, False]
+        found = ScorePolicy(model, LEVEL_IDS)(batch).score_logits_BDK
+    assert found.isnan().all(-1).tolist() == [[False], [True], [False]]
 
 
 def test_without_logprobs_nothing_of_the_vocabulary_s_size_is_made(model, monkeypatch):
@@ -97,12 +98,12 @@ def test_without_logprobs_nothing_of_the_vocabulary_s_size_is_made(model, monkey
     monkeypatch.setattr(module, "token_logprobs", lambda *_: pytest.fail("logits over the vocabulary"))
     with torch.no_grad():
         output = ScorePolicy(model, LEVEL_IDS)(batch_of(PROMPTS), with_logprobs=False)
-    assert output.logprob_BT.abs().sum() == 0
-    assert output.score_logits_BK.isfinite().all()
+    assert output.logprob_BT is None
+    assert output.score_logits_BDK.isfinite().all()
 
 
 def changed(batch, **fields):
-    names = ("tokens_BT", "mask_BT", "pixels_NX", "grid_B3", "score_at_B")
+    names = ("tokens_BT", "mask_BT", "pixels_NX", "grid_B3", "probes_BD")
     return PolicyBatch(**{name: fields.get(name, getattr(batch, name)) for name in names})
 
 
@@ -114,11 +115,11 @@ def test_what_the_body_would_get_wrong_is_refused():
         changed(batch, mask_BT=packed)
     with pytest.raises(ValueError, match="padding must be on the right"):
         changed(batch, mask_BT=batch.mask_BT.flip(1))
-    for outside in (0, int(batch.mask_BT[0].sum())):
-        score_at = batch.score_at_B.clone()
-        score_at[0] = outside
-        with pytest.raises(ValueError, match="score position outside"):
-            changed(batch, score_at_B=score_at)
+    for outside in (-2, int(batch.mask_BT[0].sum())):
+        probes = batch.probes_BD.clone()
+        probes[0] = outside
+        with pytest.raises(ValueError, match="a probe outside"):
+            changed(batch, probes_BD=probes)
 
 
 def test_token_logprobs_in_float64():
@@ -131,6 +132,44 @@ def test_token_logprobs_in_float64():
         wanted = logits[token] - (logits.max() + math.log(np.exp(logits - logits.max()).sum()))
         assert float(found[row]) == pytest.approx(wanted, abs=1e-4)
     assert token_logprobs(hidden[:0], weight, tokens[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 4096, 9001])
+def test_log_partition_and_its_gradients_in_float64(vocabulary):
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocabulary, 6, dtype=torch.float64, requires_grad=True)
+    wanted = (hidden @ weight.T).logsumexp(-1)
+    factor = torch.randn(5, dtype=torch.float64)
+    wanted_gradients = torch.autograd.grad((wanted * factor).sum(), (hidden, weight))
+    found = log_partition(hidden, weight)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+    gradients_found = torch.autograd.grad((found * factor).sum(), (hidden, weight))
+    torch.testing.assert_close(gradients_found, wanted_gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_distillation_and_mass_at_every_probe(model):
+    """Against all logits: eq. 15 over the level tokens, and the share of them in the whole vocabulary."""
+    prompts = [joint(seed, words=20 + 9 * seed) for seed in range(2)]
+    batch = changed(batch_of(prompts), probes_BD=torch.tensor([list(prompt.probes) for prompt in prompts]))
+    teacher = torch.rand(2, 4, 9).softmax(-1)
+    with torch.no_grad():
+        found = ScorePolicy(model, LEVEL_IDS)(batch, with_logprobs=False, teacher_BDK=teacher, with_mass=True)
+        logits = model(
+            input_ids=batch.tokens_BT,
+            attention_mask=batch.mask_BT,
+            mm_token_type_ids=(batch.tokens_BT == model.config.image_token_id).int(),
+            pixel_values=batch.pixels_NX,
+            image_grid_thw=batch.grid_B3,
+            use_cache=False,
+        ).logits
+    at_probes = torch.stack([logits[row, list(prompt.probes)] for row, prompt in enumerate(prompts)])
+    levels = at_probes[..., list(LEVEL_IDS)]
+    torch.testing.assert_close(found.score_logits_BDK, levels, rtol=1e-4, atol=1e-4)
+    divergence = (teacher * (teacher.log() - levels.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(found.divergence, divergence, rtol=1e-4, atol=1e-5)
+    mass = at_probes.softmax(-1)[..., list(LEVEL_IDS)].sum(-1).log()
+    torch.testing.assert_close(found.log_mass_BD, mass, rtol=1e-4, atol=1e-4)
 
 
 MARKER = [90, 91]

@@ -1,9 +1,10 @@
 """A vision-language model as the trainers see it: token log-probabilities and score logits, never [B, T, V].
 
 The body runs once over right-padded sequences. From its hidden states come the log-probabilities of given tokens, in
-chunks whose logits live only as long as the chunk, and the logits of the K level tokens at given positions.
+chunks whose logits live only as long as the chunk, and the logits of the K level tokens at given probes: one behind
+the reasoning, or one a dimension in the joint layout.
 
-Shape suffixes: B sequences, T tokens, H hidden size, V vocabulary, K levels, M positions of all sequences.
+Shape suffixes: B sequences, T tokens, D probes a sequence, H hidden size, V vocabulary, K levels, M of all sequences.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from zscore_kernels import score_head
+from zscore_kernels import score_head, score_head_kl
+from zscore_trainers.vocabulary import log_partition, token_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,8 +34,8 @@ class PolicyBatch:
     """Patches of all pictures, as the vision tower reads them."""
     grid_B3: Tensor
     """(temporal, rows, columns) of each sequence's picture, in patches."""
-    score_at_B: Tensor
-    """Position whose token is the score; -1 where the output has none."""
+    probes_BD: Tensor
+    """Positions whose next token is a score, as in `zscore.records.EnginePrompt`; -1 where there is none."""
 
     def __post_init__(self) -> None:
         """Refuse what the body would silently get wrong.
@@ -51,18 +52,22 @@ class PolicyBatch:
             raise ValueError("the mask numbers several sequences in a row: packed input isn't exact here, pad instead")
         if bool((mask_BT[:, 1:] > mask_BT[:, :-1]).any()) or not bool(mask_BT[:, 0].all()):
             raise ValueError("padding must be on the right: the recurrence reads what stands on the left")
-        lengths_B = mask_BT.sum(-1)
-        if bool((self.score_at_B >= lengths_B).any()) or bool((self.score_at_B == 0).any()):
-            raise ValueError("a score position outside its sequence")
+        lengths_B1 = mask_BT.sum(-1, keepdim=True)
+        if bool((self.probes_BD >= lengths_B1).any()) or bool((self.probes_BD < -1).any()):
+            raise ValueError("a probe outside its sequence")
 
 
 class PolicyOutput(NamedTuple):
-    """What losses are computed from."""
+    """What losses are computed from; float32."""
 
-    logprob_BT: Tensor
-    """Of each token given those before it; 0 for the first token and the padding; float32."""
-    score_logits_BK: Tensor
-    """Of the level tokens at the score position; NaN where there is none; float32."""
+    logprob_BT: Tensor | None
+    """Of each token given those before it; 0 for the first token and the padding."""
+    score_logits_BDK: Tensor
+    """Of the level tokens at the probes; NaN where there is none."""
+    divergence: Tensor | None = None
+    """Mean KL(teacher || student) over the probes, a scalar."""
+    log_mass_BD: Tensor | None = None
+    """Log of the share of the next token's probability that lies on the level tokens."""
 
 
 class ScorePolicy(nn.Module):
@@ -80,18 +85,44 @@ class ScorePolicy(nn.Module):
         self.chunk = chunk
         self.register_buffer("level_token_ids_K", torch.tensor(list(level_token_ids)), persistent=False)
 
-    def forward(self, batch: PolicyBatch, *, with_logprobs: bool = True) -> PolicyOutput:
-        """Run the body once; without `with_logprobs`, nothing of size V is ever made and log-probabilities are 0."""
+    def forward(
+        self,
+        batch: PolicyBatch,
+        *,
+        with_logprobs: bool = True,
+        teacher_BDK: Tensor | None = None,
+        with_mass: bool = False,
+    ) -> PolicyOutput:
+        """Run the body once.
+
+        Args:
+            batch: the sequences.
+            with_logprobs: whether token log-probabilities are wanted.
+            teacher_BDK: distributions to be distilled (eq. 15); every probe must be there.
+            with_mass: whether the mass on the level tokens is wanted.
+        """
         hidden_BTH = self._hidden(batch)
         weight_VH: Tensor = self.model.get_output_embeddings().weight  # type: ignore[operator]
+        ids_K: Tensor = self.level_token_ids_K  # type: ignore[assignment]
+        weight_KH = weight_VH[ids_K]
+        rows_B1 = torch.arange(len(hidden_BTH), device=hidden_BTH.device).unsqueeze(-1)
+        shape = batch.probes_BD.shape
+        probed_MH = hidden_BTH[rows_B1, batch.probes_BD.clamp(min=0)].flatten(0, 1)
+        logits_BDK = score_head(probed_MH, weight_KH, ids_K.float()).logits_BK.unflatten(0, shape)
+        return PolicyOutput(
+            self._logprobs(hidden_BTH, weight_VH, batch) if with_logprobs else None,
+            logits_BDK.masked_fill((batch.probes_BD < 0).unsqueeze(-1), float("nan")),
+            None if teacher_BDK is None else score_head_kl(probed_MH, weight_KH, teacher_BDK.flatten(0, 1)),
+            logits_BDK.logsumexp(-1) - log_partition(probed_MH, weight_VH).view(shape) if with_mass else None,
+        )
+
+    def _logprobs(self, hidden_BTH: Tensor, weight_VH: Tensor, batch: PolicyBatch) -> Tensor:
+        counted_BT = batch.mask_BT.bool().clone()
+        counted_BT[:, 0] = False
+        before_MH = hidden_BTH[:, :-1][counted_BT[:, 1:]]
+        found_M = token_logprobs(before_MH, weight_VH, batch.tokens_BT[counted_BT], self.chunk)
         logprob_BT = torch.zeros(batch.tokens_BT.shape, dtype=torch.float32, device=hidden_BTH.device)
-        if with_logprobs:
-            counted_BT = batch.mask_BT.bool().clone()
-            counted_BT[:, 0] = False
-            before_MH = hidden_BTH[:, :-1][counted_BT[:, 1:]]
-            found_M = token_logprobs(before_MH, weight_VH, batch.tokens_BT[counted_BT], self.chunk)
-            logprob_BT = logprob_BT.masked_scatter(counted_BT, found_M)
-        return PolicyOutput(logprob_BT, self._score_logits(hidden_BTH, weight_VH, batch.score_at_B))
+        return logprob_BT.masked_scatter(counted_BT, found_M)
 
     def _hidden(self, batch: PolicyBatch) -> Tensor:
         image_token: int = self.model.config.image_token_id  # type: ignore[union-attr, assignment]
@@ -105,30 +136,6 @@ class ScorePolicy(nn.Module):
         )
         hidden_BTH: Tensor = output.last_hidden_state
         return hidden_BTH
-
-    def _score_logits(self, hidden_BTH: Tensor, weight_VH: Tensor, score_at_B: Tensor) -> Tensor:
-        rows_B = torch.arange(len(hidden_BTH), device=hidden_BTH.device)
-        before_BH = hidden_BTH[rows_B, (score_at_B - 1).clamp(min=0)]
-        ids_K: Tensor = self.level_token_ids_K  # type: ignore[assignment]
-        logits_BK = score_head(before_BH, weight_VH[ids_K], ids_K.float()).logits_BK
-        return logits_BK.masked_fill((score_at_B < 0).unsqueeze(-1), float("nan"))
-
-
-def token_logprobs(hidden_MH: Tensor, weight_VH: Tensor, tokens_M: Tensor, chunk: int = 512) -> Tensor:
-    """Log-probability of each token from the hidden state before it, float32, (M,).
-
-    At most `chunk` rows of V logits exist at a time, in the backward pass too: there they are computed again.
-    """
-    parts = [
-        checkpoint(_chunk_logprobs, hidden, weight_VH, tokens, use_reentrant=False)
-        for hidden, tokens in zip(torch.split(hidden_MH, chunk), torch.split(tokens_M, chunk), strict=True)
-    ]
-    return torch.cat(parts) if parts else hidden_MH.new_zeros(0, dtype=torch.float32)
-
-
-def _chunk_logprobs(hidden_CH: Tensor, weight_VH: Tensor, tokens_C: Tensor) -> Tensor:
-    logits_CV = nn.functional.linear(hidden_CH, weight_VH).float()
-    return logits_CV.gather(-1, tokens_C.unsqueeze(-1)).squeeze(-1) - logits_CV.logsumexp(-1)
 
 
 def find_score(output: Sequence[int], marker: Sequence[int], level_token_ids: Sequence[int]) -> int | None:

@@ -1,0 +1,116 @@
+"""The rubric world as files: webdataset shards, ratings and true scores, like any annotated set of pictures.
+
+    OUT/world-000000.tar …   KEY.png and KEY.json (prompt, group); all candidates of a prompt lie together
+    OUT/ratings.csv          key, rater, dimension, score: what annotators would hand in
+    OUT/truth.csv            key, dimension, score
+    OUT/reasoning.jsonl      key, dimension, reasoning, score: a judge's words, for algorithms that learn from given ones
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from PIL import Image
+
+from zscore_trainers.world.raters import rate
+from zscore_trainers.world.render import Canvas, render, to_uint8
+from zscore_trainers.world.scenes import draw_prompt, draw_scene, reasoning
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from zscore_trainers.world.scenes import Scene, Thing
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_SHARES = {"test": 10, "validation": 5}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorldOptions:
+    """What to draw."""
+
+    split: Split = "train"
+    """A prompt belongs to one split, whatever the seed: what is learned on one is new to the others."""
+    prompts: int = 256
+    candidates: int = 4
+    raters: int = 5
+    per_shard: int = 256
+    """Prompts a shard."""
+    seed: int = 0
+
+
+def split_of(prompt: str) -> Split:
+    """Which split a prompt belongs to: by its hash, 85 : 5 : 10."""
+    place = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big") % 100
+    if place < _SHARES["test"]:
+        return "test"
+    return "validation" if place < _SHARES["test"] + _SHARES["validation"] else "train"
+
+
+def draw_groups(options: WorldOptions) -> Iterator[list[Scene]]:
+    """Candidates of one prompt after the other, without end; `options.prompts` doesn't count here."""
+    for number in range(1 << 60):
+        rng = random.Random(f"{options.seed} {number}")  # noqa: S311 - drawings, not secrets
+        asked = _prompt_of(options.split, rng)
+        yield [draw_scene(asked, rng) for _ in range(options.candidates)]
+
+
+def _prompt_of(split: Split, rng: random.Random) -> tuple[Thing, ...]:
+    while True:
+        asked = draw_prompt(rng)
+        if split_of(" and ".join(map(str, asked))) == split:
+            return asked
+
+
+def write_world(folder: Path, options: WorldOptions) -> list[Path]:
+    """Write the files; returns the shards' paths. The same options give the same bytes."""
+    import webdataset
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    groups = draw_groups(options)
+    with (
+        (folder / "ratings.csv").open("w", newline="") as ratings,
+        (folder / "truth.csv").open("w", newline="") as truth,
+        (folder / "reasoning.jsonl").open("w") as words,
+    ):
+        tables = csv.writer(ratings, lineterminator="\n"), csv.writer(truth, lineterminator="\n")
+        tables[0].writerow(("key", "rater", "dimension", "score"))
+        tables[1].writerow(("key", "dimension", "score"))
+        for first in range(0, options.prompts, options.per_shard):
+            paths.append(folder / f"world-{len(paths):06d}.tar")
+            with paths[-1].open("wb") as stream, webdataset.TarWriter(stream, mtime=0.0) as writer:
+                for number in range(first, min(first + options.per_shard, options.prompts)):
+                    scenes = next(groups)
+                    for candidate, (scene, png) in enumerate(zip(scenes, _pngs(scenes), strict=True)):
+                        key = f"p{number:06d}c{candidate}"
+                        about = {"prompt": scene.prompt, "group": f"p{number:06d}"}
+                        writer.write({"__key__": key, "png": png, "json": about})
+                        _write_scores(tables, words, key, scene, options)
+    return paths
+
+
+def _write_scores(tables, words, key: str, scene: Scene, options: WorldOptions) -> None:  # type: ignore[no-untyped-def]
+    ratings, truth = tables
+    for rater in range(options.raters):
+        for dimension, score in rate(scene.truth, rater, scene.seed).items():
+            ratings.writerow((key, f"rater{rater}", dimension, score))
+    for dimension, score in scene.truth.items():
+        truth.writerow((key, dimension, score))
+        said = {"key": key, "dimension": dimension, "reasoning": reasoning(scene, dimension), "score": score}
+        words.write(json.dumps(said) + "\n")
+
+
+def _pngs(scenes: list[Scene]) -> Iterator[bytes]:
+    for pixels_HWC in to_uint8(render(Canvas.of(scenes))):
+        stream = io.BytesIO()
+        Image.fromarray(pixels_HWC).save(stream, "PNG")
+        yield stream.getvalue()
