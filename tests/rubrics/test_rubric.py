@@ -15,8 +15,8 @@ def test_the_default_rubric_is_the_papers():
 
 
 def test_every_shipped_rubric_parses_and_asks_about_each_dimension():
-    assert shipped() == ["q-align", "z-reward"]
-    for name in shipped():
+    assert shipped() == ["q-align", "shapes", "z-reward"]
+    for name in ("q-align", "z-reward"):
         rubric = load_rubric(name)
         assert rubric.name == name
         for dimension in rubric.dimensions:
@@ -24,6 +24,13 @@ def test_every_shipped_rubric_parses_and_asks_about_each_dimension():
             assert dimension.title in question
             assert all(meaning in question for _, meaning in dimension.anchors)
             assert "{" not in question
+
+
+def test_shapes_is_z_reward_in_few_words():
+    """A tiny student's sequences are short: it is asked by the dimensions' titles alone."""
+    few, many = load_rubric("shapes"), load_rubric("z-reward")
+    assert (few.names, few.levels) == (many.names, many.levels)
+    assert all(few.question(dimension) == "" for dimension in few.dimensions)
 
 
 def test_q_align_has_five_words():
@@ -97,7 +104,7 @@ def parse_levels(count: int) -> str:
 def test_unknown_names_get_the_nearest(tmp_path):
     with pytest.raises(RubricError, match="did you mean 'z-reward'"):
         load_rubric("z-rewrad")
-    with pytest.raises(RubricError, match="shipped are q-align, z-reward"):
+    with pytest.raises(RubricError, match="shipped are q-align, shapes, z-reward"):
         load_rubric("nothing-like-it")
     with pytest.raises(RubricError, match="can't read the rubric"):
         load_rubric(str(tmp_path / "none.toml"))

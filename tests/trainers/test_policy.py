@@ -30,7 +30,11 @@ def batch_of(prompts, *, longer=0):
     pixels = torch.cat([one.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1) for one in patches])
     grid = torch.tensor([(1, *prompt.pixels.grid) for prompt in prompts])
     return PolicyBatch(
-        tokens_BT=tokens, mask_BT=mask, pixels_NX=pixels, grid_B3=grid, probes_BD=torch.tensor(lengths).unsqueeze(-1) - 2
+        tokens_BT=tokens,
+        mask_BT=mask,
+        pixels_NX=pixels,
+        grid_B3=grid,
+        probes_BD=torch.tensor(lengths).unsqueeze(-1) - 2,
     )
 
 

@@ -56,6 +56,11 @@ class PolicyBatch:
         if bool((self.probes_BD >= lengths_B1).any()) or bool((self.probes_BD < -1).any()):
             raise ValueError("a probe outside its sequence")
 
+    def to(self, device: torch.device) -> PolicyBatch:
+        """The same on another device."""
+        names = ("tokens_BT", "mask_BT", "pixels_NX", "grid_B3", "probes_BD")
+        return PolicyBatch(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
 
 class PolicyOutput(NamedTuple):
     """What losses are computed from; float32."""
@@ -108,7 +113,7 @@ class ScorePolicy(nn.Module):
         rows_B1 = torch.arange(len(hidden_BTH), device=hidden_BTH.device).unsqueeze(-1)
         shape = batch.probes_BD.shape
         probed_MH = hidden_BTH[rows_B1, batch.probes_BD.clamp(min=0)].flatten(0, 1)
-        logits_BDK = score_head(probed_MH, weight_KH, ids_K.float()).logits_BK.unflatten(0, shape)
+        logits_BDK = score_head(probed_MH, weight_KH, ids_K.float()).logits_BK.view(*shape, -1)
         return PolicyOutput(
             self._logprobs(hidden_BTH, weight_VH, batch) if with_logprobs else None,
             logits_BDK.masked_fill((batch.probes_BD < 0).unsqueeze(-1), float("nan")),

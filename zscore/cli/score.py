@@ -36,7 +36,7 @@ def score(
     ] = None,
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers; auto takes vLLM where installed.")] = "auto",
     rubric: Annotated[
-        str | None, typer.Option(help="z-reward, q-align or a TOML file.", show_default="the checkpoint's")
+        str | None, typer.Option(help="z-reward, q-align, shapes or a TOML file.", show_default="the checkpoint's")
     ] = None,
     layout: Annotated[
         str | None,

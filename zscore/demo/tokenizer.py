@@ -55,6 +55,11 @@ _SPLIT = (
 
 # What the merges are learned from: the words of rubrics and of picture prompts, the level words first.
 _LEVEL_WORDS = "excellent good fair poor bad perfect"
+_SHAPE_WORDS = """
+a and at the I see is are not it on All there Wrong clean calm stand missing grain blur garish ground stripes floating
+shapes bar through slight some much extreme form size place colour circle square triangle red green blue yellow purple
+orange small large top bottom left right centre Alignment Realism Aesthetics Plausibility Score user assistant
+"""
 _TEXT = """
 You are given a text prompt and the picture that a model made from it. Rate the picture on each of the four
 dimensions below, with one of nine levels from 1 (worst) to 9 (best). Alignment: does the image show what the prompt
@@ -167,6 +172,8 @@ def _learn_merges(alphabet: Mapping[int, str]) -> list[tuple[str, str]]:
     for level in _LEVEL_WORDS.split():  # whole tokens with and without a space before them
         counts[level] += 100
         counts[f" {level}"] += 100
+    for spoken in _SHAPE_WORDS.split():
+        counts[spoken if spoken.istitle() else f" {spoken}"] += 100
     words = {tuple(alphabet[b] for b in word.encode()): n for word, n in counts.items()}
     pairs: Counter[tuple[str, str]] = Counter()
     for word, n in words.items():

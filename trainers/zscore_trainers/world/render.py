@@ -74,15 +74,13 @@ class Canvas:
             for name in ("centre", "radius", "form", "colour", "present")
         }
         rest = [_rest(scene) for scene in scenes]
-        return cls(
-            *columns.values(),
-            *(torch.tensor([row[name] for row in rest], dtype=torch.float32) for name in _REST),
-            torch.stack([_grain(scene.seed) for scene in scenes]),
-        )
+        amounts = [torch.tensor([row[name] for row in rest], dtype=torch.float32) for name in _REST]
+        values = [*columns.values(), *amounts, torch.stack([_grain(scene.seed) for scene in scenes])]
+        return cls(**{field.name: value for field, value in zip(fields(cls), values, strict=True)})
 
     def detached(self) -> Self:
         """A copy whose tensors are leaves of no graph."""
-        return type(self)(*(getattr(self, field.name).detach().clone() for field in fields(self)))
+        return type(self)(**{field.name: getattr(self, field.name).detach().clone() for field in fields(self)})
 
 
 _REST = ("gap", "pierced", "ground", "stripes", "noise", "blur")
@@ -113,7 +111,7 @@ def _object(thing: Thing | None) -> dict[str, object]:
 
 
 def _rest(scene: Scene) -> dict[str, object]:
-    amount = {kind: severity for kind, severity in (scene.realism, scene.aesthetics, scene.plausibility)}
+    amount = dict((scene.realism, scene.aesthetics, scene.plausibility))
     saturation = 0.08 + 0.18 * amount.get("garish", 0.0)
     return {
         "gap": GAP * amount.get("floating", 0.0),

@@ -3,7 +3,7 @@
 A prompt names one to three shapes on a 3x3 grid by size, colour, form and place. A candidate shows them with faults
 drawn for each dimension by itself; the true score of a dimension is 5 less the severity of its fault, in half-points:
 
-    alignment     an object is missing (2), of another form or colour (1.5), elsewhere (1) or of another size (0.5); added up
+    alignment     an object is missing (2), of another form or colour (1.5), elsewhere (1), of another size (0.5)
     realism       texture noise, or blur
     aesthetics    a garish ground, or stripes across it
     plausibility  shapes float above their shadows, or a bar runs through them
@@ -11,9 +11,11 @@ drawn for each dimension by itself; the true score of a dimension is 5 less the 
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import random
 
 DIMENSIONS = ("alignment", "realism", "aesthetics", "plausibility")
 FORMS = ("circle", "square", "triangle")

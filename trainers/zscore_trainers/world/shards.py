@@ -1,20 +1,21 @@
 """The rubric world as files: webdataset shards, ratings and true scores, like any annotated set of pictures.
 
-    OUT/world-000000.tar …   KEY.png and KEY.json (prompt, group); all candidates of a prompt lie together
-    OUT/ratings.csv          key, rater, dimension, score: what annotators would hand in
-    OUT/truth.csv            key, dimension, score
-    OUT/reasoning.jsonl      key, dimension, reasoning, score: a judge's words, for algorithms that learn from given ones
+OUT/world-000000.tar …   KEY.png and KEY.json (prompt, group); all candidates of a prompt lie together
+OUT/ratings.csv          key, rater, dimension, score: what annotators would hand in
+OUT/truth.csv            key, dimension, score
+OUT/reasoning.jsonl      key, dimension, reasoning, score: a judge's words, for algorithms that learn from given ones
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from PIL import Image
 
@@ -77,14 +78,7 @@ def write_world(folder: Path, options: WorldOptions) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     groups = draw_groups(options)
-    with (
-        (folder / "ratings.csv").open("w", newline="") as ratings,
-        (folder / "truth.csv").open("w", newline="") as truth,
-        (folder / "reasoning.jsonl").open("w") as words,
-    ):
-        tables = csv.writer(ratings, lineterminator="\n"), csv.writer(truth, lineterminator="\n")
-        tables[0].writerow(("key", "rater", "dimension", "score"))
-        tables[1].writerow(("key", "dimension", "score"))
+    with _Tables(folder) as tables:
         for first in range(0, options.prompts, options.per_shard):
             paths.append(folder / f"world-{len(paths):06d}.tar")
             with paths[-1].open("wb") as stream, webdataset.TarWriter(stream, mtime=0.0) as writer:
@@ -94,19 +88,36 @@ def write_world(folder: Path, options: WorldOptions) -> list[Path]:
                         key = f"p{number:06d}c{candidate}"
                         about = {"prompt": scene.prompt, "group": f"p{number:06d}"}
                         writer.write({"__key__": key, "png": png, "json": about})
-                        _write_scores(tables, words, key, scene, options)
+                        tables.add(key, scene, options.raters)
     return paths
 
 
-def _write_scores(tables, words, key: str, scene: Scene, options: WorldOptions) -> None:  # type: ignore[no-untyped-def]
-    ratings, truth = tables
-    for rater in range(options.raters):
-        for dimension, score in rate(scene.truth, rater, scene.seed).items():
-            ratings.writerow((key, f"rater{rater}", dimension, score))
-    for dimension, score in scene.truth.items():
-        truth.writerow((key, dimension, score))
-        said = {"key": key, "dimension": dimension, "reasoning": reasoning(scene, dimension), "score": score}
-        words.write(json.dumps(said) + "\n")
+class _Tables:
+    """The files beside the shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self._stack = contextlib.ExitStack()
+        names = ("ratings.csv", "truth.csv", "reasoning.jsonl")
+        opened = [self._stack.enter_context((folder / name).open("w", newline="")) for name in names]
+        self._ratings, self._truth = (csv.writer(file, lineterminator="\n") for file in opened[:2])
+        self._words = opened[2]
+        self._ratings.writerow(("key", "rater", "dimension", "score"))
+        self._truth.writerow(("key", "dimension", "score"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, key: str, scene: Scene, raters: int) -> None:
+        for rater in range(raters):
+            scores = rate(scene.truth, rater, scene.seed)
+            self._ratings.writerows((key, f"rater{rater}", name, score) for name, score in scores.items())
+        for name, score in scene.truth.items():
+            self._truth.writerow((key, name, score))
+            said = {"key": key, "dimension": name, "reasoning": reasoning(scene, name), "score": score}
+            self._words.write(json.dumps(said) + "\n")
 
 
 def _pngs(scenes: list[Scene]) -> Iterator[bytes]:

@@ -1,0 +1,123 @@
+"""Ratings to annotations: against loops, and on the real ratings."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tars import END, member
+from zscore.errors import TableError, UsageError
+from zscore.human import Ratings, read_table
+from zscore.rubrics.rubric import load_rubric
+from zscore.shards import expand
+from zscore_trainers.annotations import BuildOptions, build, check_raters, write
+
+LEVELS = load_rubric("z-reward").values
+OPTIONS = BuildOptions(values=LEVELS, min_agreement=-1)
+
+
+def ratings(rows):
+    frame = pl.DataFrame(rows, schema=["key", "dimension", "rater", "score"], orient="row")
+    return Ratings(frame.with_columns(pl.col("score").cast(pl.Float64)), False, "ratings.csv")
+
+
+def shard(folder, prompts):
+    """A shard with a sample k0, k1, … for each prompt."""
+    data = b"".join(
+        member(f"k{number}.png", b"x") + member(f"k{number}.txt", prompt.encode())
+        for number, prompt in enumerate(prompts)
+    )
+    (folder / "a.tar").write_bytes(data + END)
+    return expand([str(folder / "a.tar")])
+
+
+def by_hand(scores):
+    """Trimmed mean to the nearest half-point, the higher of two."""
+    kept = sorted(scores)[1:-1] if len(scores) > 2 else scores
+    mean = statistics.fmean(kept)
+    return min(LEVELS, key=lambda level: (round(abs(level - mean), 9), -level))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.lists(st.sampled_from(LEVELS), min_size=1, max_size=5), min_size=2, max_size=5), st.data())
+def test_labels_and_pairs_against_loops(tmp_path_factory, drawn, data):
+    prompts = [data.draw(st.sampled_from(["one", "two"])) for _ in drawn]
+    rows = [(f"k{n}", "realism", f"r{r}", score) for n, scores in enumerate(drawn) for r, score in enumerate(scores)]
+    made = build(ratings(rows), shard(tmp_path_factory.mktemp("s"), prompts), OPTIONS)
+    labels = [by_hand(scores) for scores in drawn]
+    assert made.samples["realism"].to_list() == labels
+    wanted = {
+        (one, other): labels[one] - labels[other]
+        for one, other in itertools.permutations(range(len(drawn)), 2)
+        if prompts[one] == prompts[other] and labels[one] > labels[other]
+    }
+    assert {(row["winner"], row["loser"]): row["gap"] for row in made.pairs.iter_rows(named=True)} == wanted
+
+
+def test_a_rater_who_disagrees_is_left_out_and_named(tmp_path):
+    truth = [1.0, 2.0, 3.0, 4.0, 5.0, 1.5, 2.5, 3.5]
+    rows = [(f"k{n}", "realism", rater, score) for rater in ("ann", "bo", "cy") for n, score in enumerate(truth)]
+    rows += [(f"k{n}", "realism", "dee", 6 - score) for n, score in enumerate(truth)]
+    rows += [("k0", "realism", "few", truth[0])]
+    raters = {rater.name: rater for rater in check_raters(ratings(rows), 0.5)}
+    assert [name for name, rater in raters.items() if not rater.kept] == ["dee"]
+    assert raters["dee"].agreement == pytest.approx(-1)
+    assert raters["few"].agreement is None
+    made = build(
+        ratings(rows), shard(tmp_path, [f"p{n}" for n in range(8)]), BuildOptions(values=LEVELS, min_agreement=0.5)
+    )
+    assert made.samples["realism"].to_list()[1:] == truth[1:]
+    with pytest.raises(TableError, match="no rater reaches --min-agreement 1"):
+        build(
+            ratings([row for row in rows if row[2] in {"dee", "ann"}]), [], BuildOptions(values=LEVELS, min_agreement=1)
+        )
+
+
+def test_a_prompt_is_in_one_split_whatever_the_shards(tmp_path):
+    prompts = [f"prompt {n // 2}" for n in range(200)]
+    rows = [(f"k{n}", "realism", "r", 3.0 + n % 2) for n in range(200)]
+    options = BuildOptions(values=LEVELS, test_share=0.25)
+    made = build(ratings(rows), shard(tmp_path, prompts), options).samples
+    splits = made.group_by("prompt").agg(pl.col("split").n_unique(), pl.col("split").first().alias("which"))
+    assert splits["split"].max() == 1
+    assert 10 <= (splits["which"] == "test").sum() <= 40
+    (tmp_path / "some").mkdir()
+    again = build(ratings(rows[:20]), shard(tmp_path / "some", prompts[:20]), options).samples
+    assert again["split"].to_list() == made["split"].to_list()[:20]
+
+
+def test_samples_that_the_shards_lack_are_counted(tmp_path):
+    rows = [(f"k{n}", "realism", "r", 3.0) for n in range(5)]
+    made = build(ratings(rows), shard(tmp_path, ["a", "b"]), OPTIONS)
+    assert (made.samples.height, made.unmatched) == (2, 3)
+    with pytest.raises(TableError, match="none of the 1 rated samples is in the shards"):
+        build(ratings([("x", "realism", "r", 3.0)]), shard(tmp_path, ["a"]), OPTIONS)
+
+
+@pytest.mark.parametrize(("name", "value"), [("test_share", 1.0), ("test_share", -0.1), ("min_agreement", 2.0)])
+def test_options_that_are_none(name, value):
+    with pytest.raises(UsageError, match=name.replace("_", "-")):
+        BuildOptions(values=LEVELS, **{name: value})
+
+
+def test_real_ratings(shared_data, tmp_path):
+    """134 pictures of five models on 27 prompts, by their raters."""
+    rubric = load_rubric("z-reward")
+    rated = read_table(str(shared_data / "avt-ratings.csv"), {"group": "prompt_id"}, rubric.names)
+    made = build(rated, expand([str(shared_data / "avt-shards")]), OPTIONS)
+    assert made.samples.height == 134
+    assert made.unmatched == 0
+    label = made.samples.filter(pl.col("key") == "craiyon_p01")["alignment"].item()
+    scores = rated.frame.filter((pl.col("key") == "craiyon_p01") & (pl.col("dimension") == "alignment"))["score"]
+    assert label == by_hand(scores.to_list())
+    assert made.pairs.height > 100
+    assert made.pairs["gap"].min() > 0
+    prompts = made.samples["prompt"].to_list()
+    assert all(prompts[row["winner"]] == prompts[row["loser"]] for row in made.pairs.iter_rows(named=True))
+    write(made, tmp_path / "out")
+    assert pl.read_parquet(tmp_path / "out" / "annotations.parquet").equals(made.samples)

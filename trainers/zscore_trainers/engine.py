@@ -1,0 +1,214 @@
+"""The training loop: step, clip, schedule, log, checkpoint, resume. It knows nothing of any algorithm.
+
+    algorithm.backward(policy, step) → gradients   (the only thing an algorithm does to the model)
+    engine: average over ranks (FSDP2) → clip → AdamW → cosine schedule → log → checkpoint every N steps
+
+A checkpoint holds model, optimizer and the number of the next step (`torch.distributed.checkpoint`); batches and seeds
+follow from the step's number, so a run that was killed goes on as if it hadn't been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from zscore.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from zscore_trainers.policy import ScorePolicy
+
+DONE = "done.json"
+"""Written last: a folder without it is a checkpoint that was cut off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How to optimise."""
+
+    steps: int
+    learning_rate: float = 1e-5
+    warmup: int = 0
+    """Steps until the learning rate is reached."""
+    final_share: float = 0.1
+    """Of the learning rate, at the last step; the way there is a cosine."""
+    weight_decay: float = 0.01
+    """Of matrices; vectors (norms, biases) don't decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    save_every: int = 500
+    evaluate_every: int = 0
+    """0 never evaluates."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that can't be meant.
+
+        Raises:
+            UsageError: names the setting.
+        """
+        for name in ("steps", "save_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}: at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"learning_rate is {self.learning_rate}: a positive number")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step (from 0)."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (
+            self.final_share + (1 - self.final_share) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        )
+
+
+class Algorithm(Protocol):
+    """What is learned, and from what."""
+
+    def backward(self, policy: ScorePolicy, step: int) -> Mapping[str, float]:
+        """Add the gradients of one step to the policy's parameters; returns what is logged."""
+
+
+class Engine:
+    """One training run in one folder.
+
+    Args:
+        policy: on its device; its parameters are trained in place.
+        algorithm: gives the gradients.
+        config: how to optimise.
+        out: folder of the checkpoints and the log.
+        settings: everything else that the run depends on; a checkpoint made with others is refused.
+    """
+
+    def __init__(
+        self,
+        policy: ScorePolicy,
+        algorithm: Algorithm,
+        config: EngineConfig,
+        out: Path,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._policy = policy
+        self._algorithm = algorithm
+        self._config = config
+        self._out = out
+        self._settings = json.loads(json.dumps({"engine": asdict(config), **(settings or {})}))
+        self._optimizer = torch.optim.AdamW(_groups(policy, config), lr=config.learning_rate, betas=config.betas)
+        self.step = 0
+        """Of the next update."""
+
+    def run(
+        self,
+        on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+        evaluate: Callable[[ScorePolicy], Mapping[str, float]] | None = None,
+    ) -> None:
+        """Train until the last step, from where the run stands."""
+        config = self._config
+        self._policy.train()
+        with (self._out / "log.jsonl").open("a") as log:
+            while self.step < config.steps:
+                began = time.perf_counter()
+                found = dict(self._update())
+                found["seconds"] = time.perf_counter() - began
+                if evaluate is not None and config.evaluate_every and self.step % config.evaluate_every == 0:
+                    self._policy.eval()
+                    found |= evaluate(self._policy)
+                    self._policy.train()
+                log.write(json.dumps({"step": self.step, **found}) + "\n")
+                log.flush()
+                if on_step is not None:
+                    on_step(self.step, found)
+                if self.step % config.save_every == 0 or self.step == config.steps:
+                    self.save()
+
+    def _update(self) -> Mapping[str, float]:
+        """One step of the optimizer."""
+        rate = self._config.rate(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        found = self._algorithm.backward(self._policy, self.step)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._config.clip))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm} at step {self.step}: lower learning_rate")
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {**found, "gradient_norm": norm, "learning_rate": rate}
+
+    def save(self) -> Path:
+        """Write a checkpoint; the one before is deleted when this one is whole."""
+        folder = self._out / "checkpoints" / f"step-{self.step:08d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        model, optimizer = get_state_dict(self._policy, self._optimizer)
+        with _unwarned():
+            state_dict_saver.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+        if _rank() == 0:
+            (folder / DONE).write_text(json.dumps({"step": self.step, "settings": self._settings}))
+            for other in folder.parent.iterdir():
+                if other != folder:
+                    shutil.rmtree(other, ignore_errors=True)
+        return folder
+
+    def resume(self) -> bool:
+        """Load the latest whole checkpoint, if there is one.
+
+        Raises:
+            UsageError: it was made with other settings; names the first.
+        """
+        folders = sorted(path.parent for path in (self._out / "checkpoints").glob(f"step-*/{DONE}"))
+        if not folders:
+            return False
+        about = json.loads((folders[-1] / DONE).read_text())
+        _check_same(about["settings"], self._settings, str(folders[-1]))
+        model, optimizer = get_state_dict(self._policy, self._optimizer)
+        with _unwarned():
+            state_dict_loader.load({"model": model, "optimizer": optimizer}, checkpoint_id=folders[-1])
+        set_state_dict(self._policy, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        self.step = int(about["step"])
+        return True
+
+
+def _groups(policy: ScorePolicy, config: EngineConfig) -> list[dict[str, Any]]:
+    trained = [one for one in policy.parameters() if one.requires_grad]
+    return [
+        {"params": [one for one in trained if one.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [one for one in trained if one.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            raise UsageError(
+                f"{folder} was made with {name} = {before.get(name)}, now it is {now.get(name)}: give the same"
+                " settings, or another --out"
+            )
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without the notice that there is one process, which is what was meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if _is_distributed() else 0
