@@ -17,16 +17,15 @@ from zscore.calibration import (
     Fit,
     Reference,
     apply_calibration,
-    calibrate,
     check_made_for,
     confident_threshold,
-    fit_distribution,
     read_calibration,
     recalibrated,
     select_confident,
     write_calibration,
 )
 from zscore.errors import TableError, UsageError
+from zscore.fitting import calibrate, fit_distribution
 from zscore.human import Ratings, aggregate
 from zscore.matching import match
 
@@ -169,7 +168,7 @@ class TestFit:
             return minimize(loss, start, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("zscore.calibration.minimize", watched)
+            patch.setattr("zscore.fitting.minimize", watched)
             fit_distribution(probs, human, LEVELS, split)
         assert max(losses) < 1e-5
 

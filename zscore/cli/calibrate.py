@@ -46,7 +46,8 @@ def calibrate(
     one run may have more. It is about what this rule keeps; other criteria of the same call come on top. Pictures of
     one prompt are alike: rate many prompts rather than many pictures of few.
     """
-    from zscore.calibration import calibrate_scores, write_calibration
+    from zscore.calibration import write_calibration
+    from zscore.fitting import calibrate_scores
     from zscore.human import aggregation
     from zscore.tables import open_scores
 
