@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.command import zscore
-from tests.scores_factory import random_rows, write_scores, z_reward
+from tests.scores_factory import metadata_of, random_rows, write_scores, z_reward
 from zscore.calibration import (
     Calibration,
     Fit,
@@ -258,6 +258,16 @@ class TestApply:
         with pytest.raises(TableError, match="no column alignment_probs"):
             apply_calibration(frame.drop("alignment_probs"), self.calibration)
 
+    def test_overall_is_never_half_calibrated(self):
+        frame = scores_frame(4).select("key", "alignment", "alignment_probs", "overall")
+        with pytest.raises(TableError, match="have 'overall' but no column realism, so that it can't be renewed"):
+            apply_calibration(frame, self.calibration)
+        assert apply_calibration(frame, EMPTY).equals(frame)
+
+    def test_overall_is_null_where_a_dimension_is(self):
+        frame = scores_frame(4).with_columns(realism=pl.lit(None, pl.Float32))
+        assert apply_calibration(frame, self.calibration)["overall"].null_count() == 4
+
 
 def rated(frame, *, raters=5, seed=1, temperature=2.0, dimensions=DIMENSIONS):
     """Raters who draw from the scores' distributions at another temperature."""
@@ -348,6 +358,21 @@ class TestCalibrate:
         assert np.mean(shares) <= 0.2 + 2 * np.std(shares) / np.sqrt(12)
 
 
+@pytest.fixture
+def files(tmp_path):
+    """A scores file and ratings of its good rows by four raters."""
+    made = random_rows(rows=200, groups=60, failed=0.02)
+    lines = ["shard,key,dimension,rater,score"]
+    rng = np.random.default_rng(0)
+    for one in made:
+        for d, name in enumerate(z_reward().names if one.scores is not None else ()):
+            for rater in range(4):
+                score = int(np.clip(round(float(one.scores.mean_D[d]) + rng.normal()), 1, 5))
+                lines.append(f"{one.shard},{one.key},{name},{rater},{score}")
+    (tmp_path / "human.csv").write_text("\n".join(lines))
+    return write_scores(tmp_path / "scores.parquet", made), tmp_path / "human.csv"
+
+
 class TestFile:
     full = Calibration(
         tuple(LEVELS),
@@ -387,26 +412,38 @@ class TestFile:
     def test_scores_of_another_model_or_rubric(self):
         good = {"rubric": {"name": "x", "hash": "h"}, "model": {"id": "m", "weights": "w"}}
         check_made_for(self.full, good, "scores.parquet")
-        with pytest.raises(TableError, match="scores.parquet was scored with rubric hash 'other'"):
-            check_made_for(self.full, good | {"rubric": {"hash": "other"}}, "scores.parquet")
-        with pytest.raises(TableError, match="model weights 'v'"):
+        with pytest.raises(
+            TableError, match="scores.parquet was scored with rubric 'x', hash other, the calibration is"
+        ):
+            check_made_for(self.full, good | {"rubric": {"name": "x", "hash": "other"}}, "scores.parquet")
+        with pytest.raises(TableError, match="model 'm', weights v, the calibration is for 'm', weights w"):
             check_made_for(self.full, good | {"model": {"id": "m", "weights": "v"}}, "scores.parquet")
+
+    @pytest.mark.parametrize(
+        ("field", "other", "message"),
+        [
+            ("layout", "separate", "scored with layout 'separate', the calibration is for 'joint'"),
+            ("template", "2" * 64, "scored with template '222222222222', the calibration is for '111111111111'"),
+            ("max_pixels", 4096, "scored with max_pixels '4096', the calibration is for '1048576'"),
+            ("rubric", {"name": "two", "hash": "h"}, "scored with rubric 'two', hash h"),
+            ("model", {"id": "m", "weights": "w"}, "scored with model 'm', weights w"),
+        ],
+    )
+    def test_scores_that_were_made_otherwise(self, files, tmp_path, field, other, message):
+        """All that keeps two tables apart keeps a calibration and a table apart."""
+        out = tmp_path / "c.json"
+        assert zscore("calibrate", *files, "--out", out)[0] == 0
+        made, metadata = read_calibration(str(out)), metadata_of([])
+        check_made_for(made, metadata, "s.parquet")
+        with pytest.raises(TableError, match=message):
+            check_made_for(made, metadata | {field: other}, "s.parquet")
+        if field != "rubric":  # the made-up one has no dimensions
+            table = write_scores(tmp_path / "other.parquet", random_rows(rows=20), **{field: other})
+            code, _, err = zscore("filter", table, "--calibration", out, "--min", 3, "--out", tmp_path / "k.parquet")
+            assert (code, "calibrate anew" in err) == (1, True)
 
 
 class TestCommand:
-    @pytest.fixture
-    def files(self, tmp_path):
-        made = random_rows(rows=200, groups=60, failed=0.02)
-        lines = ["shard,key,dimension,rater,score"]
-        rng = np.random.default_rng(0)
-        for one in made:
-            for d, name in enumerate(z_reward().names if one.scores is not None else ()):
-                for rater in range(4):
-                    score = int(np.clip(round(float(one.scores.mean_D[d]) + rng.normal()), 1, 5))
-                    lines.append(f"{one.shard},{one.key},{name},{rater},{score}")
-        (tmp_path / "human.csv").write_text("\n".join(lines))
-        return write_scores(tmp_path / "scores.parquet", made), tmp_path / "human.csv"
-
     def test_writes_a_calibration(self, files, tmp_path):
         out = tmp_path / "calibration.json"
         code, text, err = zscore("calibrate", *files, "--out", out)

@@ -23,6 +23,7 @@ from zscore import distribution_metrics
 from zscore.errors import TableError, UsageError
 from zscore.human import DECIMALS, OVERALL, read_text
 from zscore.store import open_store, split_out
+from zscore.table_metadata import difference, shown
 
 if TYPE_CHECKING:
     from zscore.agreement import Floats
@@ -77,7 +78,7 @@ class Calibration:
     references: dict[str, Reference]
     """By score column: the rated dimensions, and `overall` where people rated it or all dimensions."""
     provenance: dict[str, Any]
-    """Rubric, model, aggregation, files: scores made otherwise are refused."""
+    """How the scores were made (`table_metadata.identity`): others are refused. Settings, files, what was left out."""
 
 
 def recalibrated(probs_NK: Floats, values_K: Floats, temperature: float, shift: float) -> Floats:
@@ -101,7 +102,7 @@ def apply_calibration(frame: Frame, calibration: Calibration) -> Frame:
     """The scores with every fitted dimension's distribution, mean, std and entropy renewed, and `overall` from them.
 
     Raises:
-        TableError: the frame has no distributions of a fitted dimension.
+        TableError: the frame has no distributions of a fitted dimension, or an `overall` without its dimensions.
     """
     columns = frame.collect_schema().names()
     fitted = [name for name, fit in calibration.fits.items() if not fit.is_identity]
@@ -110,22 +111,28 @@ def apply_calibration(frame: Frame, calibration: Calibration) -> Frame:
             raise TableError(f"the scores have no column {name}_probs, which --calibration needs: keep all columns")
     if not fitted:
         return frame
+    missing = [name for name in calibration.dimensions if name not in columns]
+    if OVERALL in columns and missing:
+        raise TableError(
+            f"the scores have '{OVERALL}' but no column {', '.join(missing)}, so that it can't be renewed and would "
+            f"stand raw among calibrated scores: keep all dimensions, or leave '{OVERALL}' out too"
+        )
     values_K = np.asarray(calibration.values)
     frame = frame.with_columns(_renewed(name, calibration.fits[name], values_K) for name in fitted)
     for name in fitted:
         parts = {name: "mean", f"{name}_std": "std", f"{name}_entropy": "entropy", f"{name}_probs": "probs"}
         kept = {column: part for column, part in parts.items() if column in columns}
-        struct = pl.col(f"_{name}").struct
+        struct = pl.col(f".{name}").struct
         frame = frame.with_columns(struct.field(part).alias(column) for column, part in kept.items())
-    frame = frame.drop([f"_{name}" for name in fitted])
-    if OVERALL in columns and all(name in columns for name in calibration.dimensions):
-        means = pl.mean_horizontal(pl.col(list(calibration.dimensions)).cast(pl.Float64))
+    frame = frame.drop([f".{name}" for name in fitted])
+    if OVERALL in columns:
+        means = pl.mean_horizontal(pl.col(list(calibration.dimensions)).cast(pl.Float64), ignore_nulls=False)
         frame = frame.with_columns(means.cast(pl.Float32).alias(OVERALL))
     return frame
 
 
 def _renewed(name: str, fit: Fit, values_K: Floats) -> pl.Expr:
-    """A struct of mean, std, entropy and probs, named `_<dimension>`; null where there is no distribution."""
+    """A struct of mean, std, entropy and probs, named `.<dimension>`; null where there is no distribution."""
     kind = pl.Struct(
         {**dict.fromkeys(("mean", "std", "entropy"), pl.Float32), "probs": pl.Array(pl.Float32, values_K.size)}
     )
@@ -142,12 +149,12 @@ def _renewed(name: str, fit: Fit, values_K: Floats) -> pl.Expr:
             {"mean": mean_N, "std": std_N, "entropy": entropy_N},
             schema=dict.fromkeys(("mean", "std", "entropy"), pl.Float32),
         ).with_columns(probs=pl.Series(probs_NK.astype(np.float32), dtype=pl.Array(pl.Float32, values_K.size)))
-        structs = found.to_struct(f"_{name}")
+        structs = found.to_struct(f".{name}")
         # Back to the full length: position among those that are there, null elsewhere.
         position = pl.select(pl.when(there).then(there.cum_sum().cast(pl.Int64) - 1)).to_series()
-        return structs.gather(position).alias(f"_{name}")
+        return structs.gather(position).alias(f".{name}")
 
-    return pl.col(f"{name}_probs").map_batches(run, return_dtype=kind, is_elementwise=True).alias(f"_{name}")
+    return pl.col(f"{name}_probs").map_batches(run, return_dtype=kind, is_elementwise=True).alias(f".{name}")
 
 
 def confident_threshold(
@@ -235,14 +242,12 @@ def read_calibration(source: str) -> Calibration:
 
 
 def check_made_for(calibration: Calibration, metadata: dict[str, Any], source: str) -> None:
-    """Refuse scores that were made with another rubric or model than the calibration.
+    """Refuse scores that weren't made as those of the calibration were.
 
     Raises:
         TableError: naming what differs.
     """
-    for field, key in (("rubric", "hash"), ("model", "id"), ("model", "weights")):
-        ours, theirs = calibration.provenance.get(field, {}).get(key), metadata.get(field, {}).get(key)
-        if ours != theirs:
-            raise TableError(
-                f"{source} was scored with {field} {key} {theirs!r}, the calibration is for {ours!r}: calibrate anew"
-            )
+    name = difference(calibration.provenance, metadata)
+    if name:
+        ours, theirs = (shown(data, name) for data in (calibration.provenance, metadata))
+        raise TableError(f"{source} was scored with {name} {theirs}, the calibration is for {ours}: calibrate anew")

@@ -25,6 +25,7 @@ from zscore.calibration import Calibration, Fit, Reference, apply_calibration, f
 from zscore.errors import TableError, UsageError
 from zscore.human import OVERALL, aggregate
 from zscore.matching import match
+from zscore.table_metadata import identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,10 +73,7 @@ def calibrate_scores(
         return match(frame, dimensions, ratings, aggregated, by=by, allow_missing=allow_missing)
 
     settings = {"aggregate": aggregation, "fit_share": fit_share, "seed": seed}
-    made_for = {
-        "rubric": {name: scores.metadata["rubric"][name] for name in ("name", "hash")},
-        "model": scores.metadata["model"],
-    }
+    made_for = identity(scores.metadata)
     sources = {"scores": list(scores.files), "human": ratings.source}
     empty = Calibration(scores.values, dimensions, {}, {}, {**made_for, "settings": settings, "sources": sources})
     return calibrate(rematch(empty), empty, rematch, fit_share=fit_share, seed=seed)
