@@ -12,7 +12,7 @@ from tests.command import zscore
 from tests.scores_factory import random_rows, row, write_scores, z_reward
 from tests.test_matching import DIMENSIONS, LEVELS, matched, ratings_of, scores_frame
 from zscore import agreement
-from zscore.agreement import Bootstrap
+from zscore.agreement import Bootstrap, Estimate
 from zscore.evaluation import evaluate
 from zscore.human import aggregate
 from zscore.matching import match
@@ -38,7 +38,12 @@ class TestEvaluate:
             assert report.samples == 40
             assert report.groups == 10
             for name, estimate in (report.metrics | report.distribution).items():
-                assert estimate.low <= estimate.value <= estimate.high or name == "ece"
+                if name == "ece":
+                    assert (estimate.low, estimate.high, estimate.draws) == (None, None, 0)
+                    assert estimate.undefined.startswith("no interval")
+                else:
+                    assert estimate.low <= estimate.value <= estimate.high
+                    assert estimate.draws == 200
         assert result.dimensions[0].ratings == 120  # three of five are left
         assert result.dimensions[0].scale == "1, 2, 3, 4, 5"
         assert result == evaluate(found, LEVELS, bootstrap=Bootstrap(replicates=200, seed=3))
@@ -70,11 +75,20 @@ class TestEvaluate:
 
     def test_big_kendall_goes_through_the_loop(self, monkeypatch):
         monkeypatch.setattr(agreement, "KENDALL_MATRIX_SAMPLES", 2)
-        monkeypatch.setattr(agreement, "KENDALL_LOOP_WORK", 500)
+        monkeypatch.setattr(agreement, "KENDALL_LOOP_WORK", 50 * 300)
         x = np.random.default_rng(0).normal(size=50)
         points, functions = agreement.correlations(x, x, np.arange(50), 50)
-        Bootstrap(replicates=100).estimates(points, functions, (50, 50))
+        Bootstrap(replicates=1000).estimates(points, functions, (50, 50))
         assert points["krcc"].low == pytest.approx(1)
+        assert (points["krcc"].draws, points["srcc"].draws) == (300, 1000)
+
+    def test_kendall_of_too_many_samples_has_no_interval(self, monkeypatch):
+        monkeypatch.setattr(agreement, "KENDALL_MATRIX_SAMPLES", 2)
+        monkeypatch.setattr(agreement, "KENDALL_LOOP_WORK", 50 * 199)
+        x = np.random.default_rng(0).normal(size=50)
+        points, functions = agreement.correlations(x, x, np.arange(50), 50)
+        Bootstrap(replicates=1000).estimates(points, functions, (50, 50))
+        assert points["krcc"] == Estimate(pytest.approx(1), undefined="too many samples for an interval")
 
 
 @pytest.fixture
@@ -108,7 +122,7 @@ class TestCommand:
         report = json.loads(out)["scores"]
         assert report["bootstrap"] == {"replicates": 50, "level": 0.95, "seed": 4}
         assert [one["dimension"] for one in report["dimensions"]] == [*z_reward().names, "overall"]
-        assert set(report["dimensions"][0]["metrics"]["plcc"]) == {"value", "low", "high", "undefined"}
+        assert set(report["dimensions"][0]["metrics"]["plcc"]) == {"value", "low", "high", "undefined", "draws"}
 
     def test_votes(self, files, tmp_path):
         (tmp_path / "votes.csv").write_text("prompt_id,vote\n1,good\n2,bad\n3,good\n")
