@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.command import zscore
-from tests.scores_factory import metadata_of, random_rows, write_scores, z_reward
+from tests.scores_factory import metadata_of, random_rows, rewrite, row, write_scores, z_reward
 from zscore.calibration import (
     Calibration,
     Fit,
@@ -472,6 +472,123 @@ class TestCommand:
         code, text, _ = zscore("calibrate", files[0], tmp_path / "none.csv", "--out", tmp_path / "c.json")
         assert (code, "nothing written" in text) == (0, True)
         assert not (tmp_path / "c.json").exists()
+
+    @pytest.mark.parametrize("victim", [0, 1])
+    def test_it_never_writes_over_what_it_reads(self, files, tmp_path, victim):
+        before = [path.read_bytes() for path in files]
+        link = tmp_path / "link"
+        link.symlink_to(files[victim])
+        for target in (files[victim], link, tmp_path / "." / files[victim].name):
+            code, out, err = zscore("calibrate", *files, "--out", target)
+            assert (code, out, err.count("\n")) == (2, "", 1)
+            assert "--out" in err
+            assert [path.read_bytes() for path in files] == before
+
+    def test_a_folder_is_no_output(self, files, tmp_path):
+        code, _, err = zscore("calibrate", *files, "--out", tmp_path)
+        assert (code, "is a folder" in err) == (2, True)
+
+    def test_an_output_that_cannot_be_written(self, files, tmp_path):
+        (tmp_path / "file").touch()
+        code, _, err = zscore("calibrate", *files, "--out", tmp_path / "file" / "c.json")
+        assert (code, "check that the folder exists" in err, "shards" in err) == (1, True, False)
+
+    def test_ratings_on_another_scale_are_refused(self, files, tmp_path):
+        table = pl.read_csv(files[1])
+        far = tmp_path / "far.csv"
+        table.with_columns(pl.col("score") * 20).write_csv(far)
+        code, out, err = zscore("calibrate", files[0], far, "--out", tmp_path / "c.json")
+        assert (code, out) == (1, "")
+        count = f"{table.height:,} of the {table.height:,} ratings"
+        assert f"{count} of {far} are outside the scale, 1 to 5: they go from 20 to 100; rescale" in err
+        assert not (tmp_path / "c.json").exists()
+        table.with_columns(pl.when(pl.int_range(pl.len()) == 7).then(0).otherwise("score").alias("score")).write_csv(
+            far
+        )
+        assert f"1 of the {table.height:,} ratings" in zscore("calibrate", files[0], far)[2]
+
+    def test_what_is_not_rated_in_the_rubric_may_have_any_scale(self, files, tmp_path):
+        more = files[1].read_text() + "\ns-0000.tar,k00000,mood,0,95\n"
+        (tmp_path / "more.csv").write_text(more)
+        assert zscore("calibrate", files[0], tmp_path / "more.csv", "--out", tmp_path / "c.json")[0] == 0
+
+    def test_a_known_scale_is_mapped_end_to_end(self, tmp_path):
+        made = [row(i, means=1 + (i % 9) / 2, group=f"g{i}") for i in range(50)]
+        entries = [
+            {
+                "image_path": f"{one.key}.webp",
+                "prompt_id": one.group,
+                "overall_rating": 1 + i % 7,
+                "image_text_alignment_rating": 7 - i % 7,
+                "fidelity_rating": 4,
+            }
+            for i, one in enumerate(made)
+        ]
+        (tmp_path / "m.json").write_text(json.dumps(entries))
+        scores, out = write_scores(tmp_path / "s.parquet", made), tmp_path / "c.json"
+        call = ("calibrate", scores, tmp_path / "m.json", "--format", "imagereward", "--fit-share", 0, "--out", out)
+        code, text, _ = zscore(*call, "--map", "fidelity=realism")
+        assert code == 0
+        assert "ratings on 1 to 7, mapped to 1 to 5" in text
+        references = read_calibration(str(out)).references
+        assert set(references["realism"].human) == {3.0}
+        assert sorted(set(references["overall"].human)) == pytest.approx([1 + 4 * k / 6 for k in range(7)])
+        entries[0]["overall_rating"] = 8
+        (tmp_path / "m.json").write_text(json.dumps(entries))
+        assert "outside the scale, 1 to 7: they go from 1 to 8; rescale them to the rubric's levels" in zscore(*call)[2]
+
+    @pytest.mark.parametrize("broken", [[float("nan")] * 9, None, [0.0] * 9, [-0.5, 1.5, *[0.0] * 7]])
+    def test_rows_without_a_distribution_are_left_out_and_counted(self, files, tmp_path, broken):
+        table = pl.read_parquet(files[0])
+        first = table.with_row_index("n").filter(pl.col("status") == "ok")["n"][0]
+        lists = table["realism_probs"].to_list()
+        lists[first] = broken
+        changed = table.with_columns(realism_probs=pl.Series(lists, dtype=table.schema["realism_probs"]))
+        scores = rewrite(changed.to_arrow(), tmp_path / "broken.parquet")
+        code, text, err = zscore("calibrate", scores, files[1], "--out", tmp_path / "c.json")
+        assert (code, err) == (0, "")
+        assert "realism: 1 rated samples left out" in text
+        assert "alignment: 1" not in text
+        made = read_calibration(str(tmp_path / "c.json"))
+        ok = int((table["status"] == "ok").sum())
+        assert made.fits["realism"].samples + len(made.references["realism"].score) == ok - 1
+        assert zscore("eval", scores, files[1], "--json", "--bootstrap", 20)[0] == 0
+
+    def test_tables_with_some_columns(self, files, tmp_path):
+        part, out = tmp_path / "part.parquet", tmp_path / "c.json"
+
+        def call(columns, human=files[1]):
+            assert zscore("filter", files[0], "--columns", columns, "--out", part)[0] == 0
+            return zscore("calibrate", part, human, "--out", out)
+
+        assert call("shard,key,group,realism,realism_probs")[0] == 0
+        assert set(read_calibration(str(out)).references) == {"realism"}
+        assert call("shard,key,group,realism,realism_probs,overall")[0] == 0
+        assert set(read_calibration(str(out)).references) == {"realism"}
+        overall = tmp_path / "overall.csv"
+        pl.read_csv(files[1]).with_columns(dimension=pl.lit("overall")).group_by(
+            "shard", "key", "dimension", maintain_order=True
+        ).agg(pl.col("score").mean()).write_csv(overall)
+        assert call("shard,key,group,overall", overall)[0] == 0
+        assert set(read_calibration(str(out)).references) == {"overall"}
+        for columns, message in (
+            ("key,realism,overall", "has no column 'shard'"),
+            ("shard,key,overall", "has no column 'group'"),
+            ("shard,index,key,group", "has no column with scores"),
+        ):
+            code, _, err = call(columns)
+            assert (code, err.count("\n")) == (1, 1)
+            assert message in err
+
+    def test_an_overall_that_people_rated_wants_all_dimensions(self, files, tmp_path):
+        table = pl.read_csv(files[1])
+        overall = table.filter(pl.col("dimension") == "realism").with_columns(dimension=pl.lit("overall"))
+        pl.concat([table, overall]).write_csv(tmp_path / "more.csv")
+        part = tmp_path / "part.parquet"
+        columns = "shard,key,group,overall,realism,realism_probs"
+        assert zscore("filter", files[0], "--columns", columns, "--out", part)[0] == 0
+        code, _, err = zscore("calibrate", part, tmp_path / "more.csv", "--out", tmp_path / "c.json")
+        assert (code, "no column alignment, aesthetics, plausibility" in err) == (1, True)
 
     def test_wrong_calls_are_one_line(self, files, tmp_path):
         for arguments, code, message in (

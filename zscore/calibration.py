@@ -142,6 +142,8 @@ def _renewed(name: str, fit: Fit, values_K: Floats) -> pl.Expr:
         lists = series.filter(there)
         flat = lists.explode().to_numpy().astype(np.float64).reshape(len(lists), values_K.size)
         probs_NK = recalibrated(flat, values_K, fit.temperature, fit.shift)
+        # What was no distribution must not become one: the floor would make a uniform one of zeros.
+        probs_NK[~((flat >= 0).all(axis=1) & (flat.sum(axis=1) > 0))] = np.nan
         mean_N = probs_NK @ values_K
         std_N = np.sqrt(np.maximum(((values_K - mean_N[:, None]) ** 2 * probs_NK).sum(axis=1), 0))
         entropy_N = -(probs_NK * np.log(np.maximum(probs_NK, 1e-300))).sum(axis=1)

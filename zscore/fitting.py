@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import polars as pl
 from scipy.optimize import minimize
 
 from zscore import distribution_metrics
@@ -58,25 +59,58 @@ def calibrate_scores(
 
     Args:
         scores: the table.
-        ratings: of its pictures, on the rubric's scale.
+        ratings: of its pictures, on the rubric's scale, or on a known one that is mapped to it.
         aggregation: how several raters become one human score and one histogram.
         by: scores column that holds the groups (prompts).
         allow_missing: leave rated samples out that the table doesn't have.
         fit_share: see `calibrate`.
         seed: see `calibrate`.
+
+    Raises:
+        TableError: ratings outside their scale, or what `calibrate` and `zscore.matching.match` refuse.
     """
+    given, ratings = ratings.scale, _on_levels(ratings, scores)
     aggregated = aggregate(ratings, aggregation)
     dimensions = tuple(scores.metadata["rubric"]["dimensions"])
 
     def rematch(calibration: Calibration) -> Matched:
-        frame = apply_calibration(scores.frame, calibration)
-        return match(frame, dimensions, ratings, aggregated, by=by, allow_missing=allow_missing)
+        frame = scores.frame
+        if is_partial and not all(fit.is_identity for fit in calibration.fits.values()):
+            frame = frame.drop(OVERALL)
+        frame = apply_calibration(frame, calibration)
+        return match(frame, dimensions, ratings, aggregated, by=by, allow_missing=allow_missing, source=scores.name)
 
+    # Such an overall can't be renewed; nobody misses it who didn't rate it.
+    is_partial = scores.dimensions != dimensions and OVERALL in scores.schema
+    is_partial = is_partial and OVERALL not in aggregated["dimension"]
     settings = {"aggregate": aggregation, "fit_share": fit_share, "seed": seed}
     made_for = identity(scores.metadata)
-    sources = {"scores": list(scores.files), "human": ratings.source}
+    sources = {"scores": list(scores.files), "human": ratings.source, "human_scale": given}
     empty = Calibration(scores.values, dimensions, {}, {}, {**made_for, "settings": settings, "sources": sources})
     return calibrate(rematch(empty), empty, rematch, fit_share=fit_share, seed=seed)
+
+
+def _on_levels(ratings: Ratings, scores: Scores) -> Ratings:
+    """The ratings from the rubric's lowest level to its highest.
+
+    A guarantee on another scale would be one about other people's numbers: 4 of 7 isn't 4 of 5.
+    """
+    if ratings.relative:
+        return ratings
+    ends = scores.values[0], scores.values[-1]
+    low, high = ratings.scale or ends
+    names = [*scores.metadata["rubric"]["dimensions"], OVERALL]
+    compared_R = ratings.frame.filter(pl.col("dimension").is_in(names))["score"].to_numpy()
+    outside = int(((compared_R < low) | (compared_R > high)).sum())
+    if outside:
+        raise TableError(
+            f"{outside:,} of the {compared_R.size:,} ratings of {ratings.source} are outside the scale, {low:g} to "
+            f"{high:g}: they go from {compared_R.min():g} to {compared_R.max():g}; rescale them to the rubric's "
+            f"levels, {ends[0]:g} to {ends[1]:g}"
+        )
+    share = (pl.col("score") - low) / (high - low)
+    mapped = ratings.frame.with_columns(score=ends[0] + share * (ends[1] - ends[0]))
+    return ratings if (low, high) == ends else replace(ratings, frame=mapped, scale=ends)
 
 
 def calibrate(
@@ -112,7 +146,8 @@ def calibrate(
         references[comparison.dimension] = Reference(
             tuple(comparison.score_N[held_N].tolist()), tuple(comparison.human_N[held_N].tolist())
         )
-    return replace(calibration, references=references)
+    left_out = {comparison.dimension: comparison.left_out for comparison in matched.comparisons}
+    return replace(calibration, references=references, provenance={**calibration.provenance, "left_out": left_out})
 
 
 def _split(comparisons: Sequence[Comparison], share: float, seed: int) -> np.ndarray:

@@ -37,7 +37,7 @@ LABELS = {
 }
 FORMAT_HELP = "table (CSV, parquet), hpdv2, imagereward, pickapic, genai-bench, agiqa-3k, evalmuse or tifa160."
 COLUMN_HELP = "ROLE=NAME of a table's column; roles: shard, index, key, group, dimension, rater, score."
-BY_HELP = "Scores column whose equal values make a group; of votes: what is one prompt."
+BY_HELP = "Scores column whose equal values make a group; for votes, a prompt."
 MAP_HELP = "THEIRS=OURS: compare the file's dimension THEIRS with the scores' dimension OURS."
 
 
