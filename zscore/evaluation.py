@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # A sum of absolute differences: drawing the prompts again adds noise to every bin, so that replicates lie above the
 # value, which itself lies above the truth. Percentile intervals of it would miss the truth and often the value.
-NO_ECE_INTERVAL = "no interval: resampled prompts only ever make this error larger"
+NO_ECE_INTERVAL = "no interval: drawing prompts again adds to this error, so that it would lie above the truth"
 RELATIVE = "ranks and votes compare pictures of one group only"
 
 

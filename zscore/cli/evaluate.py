@@ -71,7 +71,7 @@ def evaluate(
 
     Ratings are matched by shard (with or without .tar) and key, or by key alone; a column index must be that of the
     sample in its shard, and where there is a key too, both must fit. Intervals draw whole prompts, whatever the number
-    of votes on one. The calibration error (ECE) has no interval: resampling only ever makes it larger.
+    of votes on one. The calibration error (ECE) has no interval: drawing prompts again adds to it.
     Distributions are compared on the raters' scale; half levels are split between the whole points beside them.
 
     \b
