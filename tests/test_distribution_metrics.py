@@ -63,6 +63,18 @@ class TestDistributions:
         for level in (0.5, 0.8, 0.9):
             assert distribution_metrics.coverage(probs, drawn, level).mean() >= level
 
+    def test_why_the_calibration_error_has_no_interval(self):
+        """Of a calibrated model, intervals from drawn prompts lie above the truth, which is 0."""
+        rng = np.random.default_rng(0)
+        lows = []
+        for _ in range(20):
+            probs = rng.dirichlet(np.ones(5), size=120)
+            human = np.array([rng.multinomial(5, row) / 5 for row in probs])
+            drawn = rng.integers(0, 120, size=(100, 120))
+            again = [distribution_metrics.calibration_error(probs[i], human[i]) for i in drawn]
+            lows.append(np.quantile(again, 0.025))
+        assert min(lows) > 0.005
+
     def test_a_certain_and_wrong_model_is_not(self):
         probs, human = np.eye(5)[[0] * 3], np.eye(5)[[4] * 3]
         assert distribution_metrics.calibration_error(probs, human) == 1

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from zscore.matching import Comparison, Matched
 
-# A sum of absolute differences: drawing the prompts again adds noise to every bin, so that replicates lie above the
-# value, which itself lies above the truth. Percentile intervals of it would miss the truth and often the value.
+# A sum of absolute differences: drawing the prompts again adds noise to every bin. Of a calibrated model with 120
+# prompts, none of 100 percentile intervals (95 %) held the true error, and 11 didn't hold the value itself.
 NO_ECE_INTERVAL = "no interval: drawing prompts again adds to this error, so that it would lie above the truth"
 RELATIVE = "ranks and votes compare pictures of one group only"
 
