@@ -11,22 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.command import zscore
-from tests.scores_factory import random_rows, write_scores, z_reward
+from tests.scores_factory import metadata_of, random_rows, rewrite, row, write_scores, z_reward
 from zscore.calibration import (
     Calibration,
     Fit,
     Reference,
     apply_calibration,
-    calibrate,
     check_made_for,
     confident_threshold,
-    fit_distribution,
     read_calibration,
     recalibrated,
     select_confident,
     write_calibration,
 )
 from zscore.errors import TableError, UsageError
+from zscore.fitting import calibrate, fit_distribution
 from zscore.human import Ratings, aggregate
 from zscore.matching import match
 
@@ -169,7 +168,7 @@ class TestFit:
             return minimize(loss, start, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("zscore.calibration.minimize", watched)
+            patch.setattr("zscore.fitting.minimize", watched)
             fit_distribution(probs, human, LEVELS, split)
         assert max(losses) < 1e-5
 
@@ -258,6 +257,16 @@ class TestApply:
         assert apply_calibration(frame, self.calibration).columns == frame.columns
         with pytest.raises(TableError, match="no column alignment_probs"):
             apply_calibration(frame.drop("alignment_probs"), self.calibration)
+
+    def test_overall_is_never_half_calibrated(self):
+        frame = scores_frame(4).select("key", "alignment", "alignment_probs", "overall")
+        with pytest.raises(TableError, match="have 'overall' but no column realism, so that it can't be renewed"):
+            apply_calibration(frame, self.calibration)
+        assert apply_calibration(frame, EMPTY).equals(frame)
+
+    def test_overall_is_null_where_a_dimension_is(self):
+        frame = scores_frame(4).with_columns(realism=pl.lit(None, pl.Float32))
+        assert apply_calibration(frame, self.calibration)["overall"].null_count() == 4
 
 
 def rated(frame, *, raters=5, seed=1, temperature=2.0, dimensions=DIMENSIONS):
@@ -349,6 +358,21 @@ class TestCalibrate:
         assert np.mean(shares) <= 0.2 + 2 * np.std(shares) / np.sqrt(12)
 
 
+@pytest.fixture
+def files(tmp_path):
+    """A scores file and ratings of its good rows by four raters."""
+    made = random_rows(rows=200, groups=60, failed=0.02)
+    lines = ["shard,key,dimension,rater,score"]
+    rng = np.random.default_rng(0)
+    for one in made:
+        for d, name in enumerate(z_reward().names if one.scores is not None else ()):
+            for rater in range(4):
+                score = int(np.clip(round(float(one.scores.mean_D[d]) + rng.normal()), 1, 5))
+                lines.append(f"{one.shard},{one.key},{name},{rater},{score}")
+    (tmp_path / "human.csv").write_text("\n".join(lines))
+    return write_scores(tmp_path / "scores.parquet", made), tmp_path / "human.csv"
+
+
 class TestFile:
     full = Calibration(
         tuple(LEVELS),
@@ -388,26 +412,38 @@ class TestFile:
     def test_scores_of_another_model_or_rubric(self):
         good = {"rubric": {"name": "x", "hash": "h"}, "model": {"id": "m", "weights": "w"}}
         check_made_for(self.full, good, "scores.parquet")
-        with pytest.raises(TableError, match="scores.parquet was scored with rubric hash 'other'"):
-            check_made_for(self.full, good | {"rubric": {"hash": "other"}}, "scores.parquet")
-        with pytest.raises(TableError, match="model weights 'v'"):
+        with pytest.raises(
+            TableError, match="scores.parquet was scored with rubric 'x', hash other, the calibration is"
+        ):
+            check_made_for(self.full, good | {"rubric": {"name": "x", "hash": "other"}}, "scores.parquet")
+        with pytest.raises(TableError, match="model 'm', weights v, the calibration is for 'm', weights w"):
             check_made_for(self.full, good | {"model": {"id": "m", "weights": "v"}}, "scores.parquet")
+
+    @pytest.mark.parametrize(
+        ("field", "other", "message"),
+        [
+            ("layout", "separate", "scored with layout 'separate', the calibration is for 'joint'"),
+            ("template", "2" * 64, "scored with template '222222222222', the calibration is for '111111111111'"),
+            ("max_pixels", 4096, "scored with max_pixels '4096', the calibration is for '1048576'"),
+            ("rubric", {"name": "two", "hash": "h"}, "scored with rubric 'two', hash h"),
+            ("model", {"id": "m", "weights": "w"}, "scored with model 'm', weights w"),
+        ],
+    )
+    def test_scores_that_were_made_otherwise(self, files, tmp_path, field, other, message):
+        """All that keeps two tables apart keeps a calibration and a table apart."""
+        out = tmp_path / "c.json"
+        assert zscore("calibrate", *files, "--out", out)[0] == 0
+        made, metadata = read_calibration(str(out)), metadata_of([])
+        check_made_for(made, metadata, "s.parquet")
+        with pytest.raises(TableError, match=message):
+            check_made_for(made, metadata | {field: other}, "s.parquet")
+        if field != "rubric":  # the made-up one has no dimensions
+            table = write_scores(tmp_path / "other.parquet", random_rows(rows=20), **{field: other})
+            code, _, err = zscore("filter", table, "--calibration", out, "--min", 3, "--out", tmp_path / "k.parquet")
+            assert (code, "calibrate anew" in err) == (1, True)
 
 
 class TestCommand:
-    @pytest.fixture
-    def files(self, tmp_path):
-        made = random_rows(rows=200, groups=60, failed=0.02)
-        lines = ["shard,key,dimension,rater,score"]
-        rng = np.random.default_rng(0)
-        for one in made:
-            for d, name in enumerate(z_reward().names if one.scores is not None else ()):
-                for rater in range(4):
-                    score = int(np.clip(round(float(one.scores.mean_D[d]) + rng.normal()), 1, 5))
-                    lines.append(f"{one.shard},{one.key},{name},{rater},{score}")
-        (tmp_path / "human.csv").write_text("\n".join(lines))
-        return write_scores(tmp_path / "scores.parquet", made), tmp_path / "human.csv"
-
     def test_writes_a_calibration(self, files, tmp_path):
         out = tmp_path / "calibration.json"
         code, text, err = zscore("calibrate", *files, "--out", out)
@@ -436,6 +472,123 @@ class TestCommand:
         code, text, _ = zscore("calibrate", files[0], tmp_path / "none.csv", "--out", tmp_path / "c.json")
         assert (code, "nothing written" in text) == (0, True)
         assert not (tmp_path / "c.json").exists()
+
+    @pytest.mark.parametrize("victim", [0, 1])
+    def test_it_never_writes_over_what_it_reads(self, files, tmp_path, victim):
+        before = [path.read_bytes() for path in files]
+        link = tmp_path / "link"
+        link.symlink_to(files[victim])
+        for target in (files[victim], link, tmp_path / "." / files[victim].name):
+            code, out, err = zscore("calibrate", *files, "--out", target)
+            assert (code, out, err.count("\n")) == (2, "", 1)
+            assert "--out" in err
+            assert [path.read_bytes() for path in files] == before
+
+    def test_a_folder_is_no_output(self, files, tmp_path):
+        code, _, err = zscore("calibrate", *files, "--out", tmp_path)
+        assert (code, "is a folder" in err) == (2, True)
+
+    def test_an_output_that_cannot_be_written(self, files, tmp_path):
+        (tmp_path / "file").touch()
+        code, _, err = zscore("calibrate", *files, "--out", tmp_path / "file" / "c.json")
+        assert (code, "check that the folder exists" in err, "shards" in err) == (1, True, False)
+
+    def test_ratings_on_another_scale_are_refused(self, files, tmp_path):
+        table = pl.read_csv(files[1])
+        far = tmp_path / "far.csv"
+        table.with_columns(pl.col("score") * 20).write_csv(far)
+        code, out, err = zscore("calibrate", files[0], far, "--out", tmp_path / "c.json")
+        assert (code, out) == (1, "")
+        count = f"{table.height:,} of the {table.height:,} ratings"
+        assert f"{count} of {far} are outside the scale, 1 to 5: they go from 20 to 100; rescale" in err
+        assert not (tmp_path / "c.json").exists()
+        table.with_columns(pl.when(pl.int_range(pl.len()) == 7).then(0).otherwise("score").alias("score")).write_csv(
+            far
+        )
+        assert f"1 of the {table.height:,} ratings" in zscore("calibrate", files[0], far)[2]
+
+    def test_what_is_not_rated_in_the_rubric_may_have_any_scale(self, files, tmp_path):
+        more = files[1].read_text() + "\ns-0000.tar,k00000,mood,0,95\n"
+        (tmp_path / "more.csv").write_text(more)
+        assert zscore("calibrate", files[0], tmp_path / "more.csv", "--out", tmp_path / "c.json")[0] == 0
+
+    def test_a_known_scale_is_mapped_end_to_end(self, tmp_path):
+        made = [row(i, means=1 + (i % 9) / 2, group=f"g{i}") for i in range(50)]
+        entries = [
+            {
+                "image_path": f"{one.key}.webp",
+                "prompt_id": one.group,
+                "overall_rating": 1 + i % 7,
+                "image_text_alignment_rating": 7 - i % 7,
+                "fidelity_rating": 4,
+            }
+            for i, one in enumerate(made)
+        ]
+        (tmp_path / "m.json").write_text(json.dumps(entries))
+        scores, out = write_scores(tmp_path / "s.parquet", made), tmp_path / "c.json"
+        call = ("calibrate", scores, tmp_path / "m.json", "--format", "imagereward", "--fit-share", 0, "--out", out)
+        code, text, _ = zscore(*call, "--map", "fidelity=realism")
+        assert code == 0
+        assert "ratings on 1 to 7, mapped to 1 to 5" in text
+        references = read_calibration(str(out)).references
+        assert set(references["realism"].human) == {3.0}
+        assert sorted(set(references["overall"].human)) == pytest.approx([1 + 4 * k / 6 for k in range(7)])
+        entries[0]["overall_rating"] = 8
+        (tmp_path / "m.json").write_text(json.dumps(entries))
+        assert "outside the scale, 1 to 7: they go from 1 to 8; rescale them to the rubric's levels" in zscore(*call)[2]
+
+    @pytest.mark.parametrize("broken", [[float("nan")] * 9, None, [0.0] * 9, [-0.5, 1.5, *[0.0] * 7]])
+    def test_rows_without_a_distribution_are_left_out_and_counted(self, files, tmp_path, broken):
+        table = pl.read_parquet(files[0])
+        first = table.with_row_index("n").filter(pl.col("status") == "ok")["n"][0]
+        lists = table["realism_probs"].to_list()
+        lists[first] = broken
+        changed = table.with_columns(realism_probs=pl.Series(lists, dtype=table.schema["realism_probs"]))
+        scores = rewrite(changed.to_arrow(), tmp_path / "broken.parquet")
+        code, text, err = zscore("calibrate", scores, files[1], "--out", tmp_path / "c.json")
+        assert (code, err) == (0, "")
+        assert "realism: 1 rated samples left out" in text
+        assert "alignment: 1" not in text
+        made = read_calibration(str(tmp_path / "c.json"))
+        ok = int((table["status"] == "ok").sum())
+        assert made.fits["realism"].samples + len(made.references["realism"].score) == ok - 1
+        assert zscore("eval", scores, files[1], "--json", "--bootstrap", 20)[0] == 0
+
+    def test_tables_with_some_columns(self, files, tmp_path):
+        part, out = tmp_path / "part.parquet", tmp_path / "c.json"
+
+        def call(columns, human=files[1]):
+            assert zscore("filter", files[0], "--columns", columns, "--out", part)[0] == 0
+            return zscore("calibrate", part, human, "--out", out)
+
+        assert call("shard,key,group,realism,realism_probs")[0] == 0
+        assert set(read_calibration(str(out)).references) == {"realism"}
+        assert call("shard,key,group,realism,realism_probs,overall")[0] == 0
+        assert set(read_calibration(str(out)).references) == {"realism"}
+        overall = tmp_path / "overall.csv"
+        pl.read_csv(files[1]).with_columns(dimension=pl.lit("overall")).group_by(
+            "shard", "key", "dimension", maintain_order=True
+        ).agg(pl.col("score").mean()).write_csv(overall)
+        assert call("shard,key,group,overall", overall)[0] == 0
+        assert set(read_calibration(str(out)).references) == {"overall"}
+        for columns, message in (
+            ("key,realism,overall", "has no column 'shard'"),
+            ("shard,key,overall", "has no column 'group'"),
+            ("shard,index,key,group", "has no column with scores"),
+        ):
+            code, _, err = call(columns)
+            assert (code, err.count("\n")) == (1, 1)
+            assert message in err
+
+    def test_an_overall_that_people_rated_wants_all_dimensions(self, files, tmp_path):
+        table = pl.read_csv(files[1])
+        overall = table.filter(pl.col("dimension") == "realism").with_columns(dimension=pl.lit("overall"))
+        pl.concat([table, overall]).write_csv(tmp_path / "more.csv")
+        part = tmp_path / "part.parquet"
+        columns = "shard,key,group,overall,realism,realism_probs"
+        assert zscore("filter", files[0], "--columns", columns, "--out", part)[0] == 0
+        code, _, err = zscore("calibrate", part, tmp_path / "more.csv", "--out", tmp_path / "c.json")
+        assert (code, "no column alignment, aesthetics, plausibility" in err) == (1, True)
 
     def test_wrong_calls_are_one_line(self, files, tmp_path):
         for arguments, code, message in (

@@ -59,15 +59,25 @@ class TestDistributions:
         rng = np.random.default_rng(0)
         probs = rng.dirichlet(np.ones(5), size=4000)
         drawn = np.array([rng.multinomial(20, row) for row in probs]) / 20
-        sums = distribution_metrics.bin_sums(probs, drawn)
-        assert distribution_metrics.calibration_error(sums.sum(axis=0)) < 0.005
+        assert distribution_metrics.calibration_error(probs, drawn) < 0.005
         for level in (0.5, 0.8, 0.9):
             assert distribution_metrics.coverage(probs, drawn, level).mean() >= level
 
+    def test_why_the_calibration_error_has_no_interval(self):
+        """Of a calibrated model, intervals from drawn prompts lie above the truth, which is 0."""
+        rng = np.random.default_rng(0)
+        lows = []
+        for _ in range(20):
+            probs = rng.dirichlet(np.ones(5), size=120)
+            human = np.array([rng.multinomial(5, row) / 5 for row in probs])
+            drawn = rng.integers(0, 120, size=(100, 120))
+            again = [distribution_metrics.calibration_error(probs[i], human[i]) for i in drawn]
+            lows.append(np.quantile(again, 0.025))
+        assert min(lows) > 0.005
+
     def test_a_certain_and_wrong_model_is_not(self):
         probs, human = np.eye(5)[[0] * 3], np.eye(5)[[4] * 3]
-        sums = distribution_metrics.bin_sums(probs, human).sum(axis=0)
-        assert distribution_metrics.calibration_error(sums) == 1
+        assert distribution_metrics.calibration_error(probs, human) == 1
         assert distribution_metrics.coverage(probs, human, 0.9).tolist() == [0, 0, 0]
         assert distribution_metrics.nll(probs, human) == pytest.approx(-np.log(1e-7))
         assert distribution_metrics.emd(probs, human, np.arange(1.0, 6)).tolist() == [4, 4, 4]
@@ -89,9 +99,7 @@ class TestProperties:
         assert distribution_metrics.emd(human, human, points) == pytest.approx(0)
         assert (distribution_metrics.rps(probs, human, points) >= 0).all()
         assert (distribution_metrics.nll(probs, human) >= distribution_metrics.nll(human, human) - 1e-9).all()
-        assert distribution_metrics.calibration_error(
-            distribution_metrics.bin_sums(human, human).sum(axis=0)
-        ) == pytest.approx(0)
+        assert distribution_metrics.calibration_error(human, human) == pytest.approx(0)
 
     @settings(max_examples=40, deadline=None)
     @given(seeds)
@@ -135,8 +143,7 @@ class TestProperties:
                 counts[place] += 1
                 gaps[place] += forecast - (1 - people[:j].sum())
         expected = np.abs(gaps).sum() / counts.sum()
-        sums = distribution_metrics.bin_sums(probs, human).sum(axis=0)
-        assert distribution_metrics.calibration_error(sums) == pytest.approx(expected)
+        assert distribution_metrics.calibration_error(probs, human) == pytest.approx(expected)
 
     @settings(max_examples=40, deadline=None)
     @given(st.lists(st.lists(st.integers(2, 10), min_size=1, max_size=6), min_size=1, max_size=6))
@@ -151,13 +158,3 @@ class TestProperties:
             assert row @ scale.points_J == pytest.approx(np.mean(one))
             if all(value in scale.points_J for value in one):
                 assert row == pytest.approx([one.count(point) / len(one) for point in scale.points_J])
-
-    def test_replicates_of_the_calibration_error(self):
-        probs, human = self.draw(3, samples=12)
-        bins = distribution_metrics.bin_sums(probs, human)
-        weights = np.random.default_rng(0).integers(0, 3, (5, 12)).astype(float)
-        found = distribution_metrics.replicated_calibration_error(bins)(weights)
-        for W, value in zip(weights.astype(int), found, strict=True):
-            drawn = np.repeat(np.arange(12), W)
-            sums = distribution_metrics.bin_sums(probs[drawn], human[drawn]).sum(axis=0)
-            assert value == pytest.approx(float(distribution_metrics.calibration_error(sums)))

@@ -462,7 +462,7 @@ class TestCalibrated:
             dimensions=z_reward().names,
             fits={"alignment": Fit(temperature=0.5, shift=0.8)},
             references={"overall": Reference(tuple(score.tolist()), tuple(human.tolist()))},
-            provenance={"rubric": {"hash": z_reward().hash}, "model": {"id": "made-up", "weights": "0" * 64}},
+            provenance=metadata_of([]),
         )
 
     def test_calibrated_scores_decide_and_the_old_ones_are_written(self, path: Path, calibration: Calibration) -> None:

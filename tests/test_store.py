@@ -240,7 +240,7 @@ def test_a_lease_is_renewed(monkeypatch):
 
 def test_a_full_disk_is_one_clear_line(tmp_path):
     """A file-size limit stands for the full disk: the same code path, with EFBIG for ENOSPC."""
-    store = open_store(str(tmp_path))
+    store = open_store(str(tmp_path), resumes=True)
     put(store, "a", b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -261,6 +261,14 @@ def test_a_folder_that_can_t_be_made_is_one_clear_line(tmp_path):
         put(open_store(str(tmp_path / "file" / "out")), "a")
     with pytest.raises(OutputError, match="can't write"), open_store("/proc/nothing").lock("lock"):
         pass
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_only_what_resumes_speaks_of_finished_shards(tmp_path, resumes):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError) as caught:
+        put(open_store(str(tmp_path / "file"), resumes=resumes), "a")
+    assert ("finished shards are kept and the same command resumes" in str(caught.value)) is resumes
 
 
 def test_out_needs_a_file_name_and_a_known_protocol():

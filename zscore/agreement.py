@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,9 @@ Replicated = Callable[[Floats], Floats]
 MIN_SAMPLES = 3
 # Kendall's pairs are held as group × group matrices up to here (3 × 32 MB); above, scipy ranks every replicate anew.
 KENDALL_MATRIX_SAMPLES = 2048
-# Bounds that loop: 200 replicates of 100,000 samples take some 10 s.
+# Bounds that loop: 200 replicates of 100,000 samples take some 10 s. Fewer would be no interval.
 KENDALL_LOOP_WORK = 20_000_000
+MIN_DRAWS = 200
 # Elements of one block of replicates: 32 MB of float64.
 BLOCK = 1 << 22
 
@@ -38,6 +39,8 @@ class Estimate:
     high: float | None = None
     undefined: str = ""
     """Why `value`, or else the interval, is None."""
+    draws: int = 0
+    """Replicates that the interval is made of: those that have a value, and no more than can be afforded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +76,15 @@ class Bootstrap:
             points[name] = self._interval(points[name].value, np.concatenate(parts))
 
     def _interval(self, value: float | None, replicates_B: Floats) -> Estimate:
+        if not replicates_B.size:
+            return Estimate(value, undefined="too many samples for an interval")
         defined = replicates_B[np.isfinite(replicates_B)]
         # A replicate may draw one prompt only, and be constant; if most are, the rest say little.
         if defined.size * 2 < replicates_B.size or not defined.size:
             return Estimate(value, undefined="too few prompts for an interval")
         tail = (1 - self.level) / 2
         low, high = np.quantile(defined, [tail, 1 - tail])
-        return Estimate(value, float(low), float(high))
+        return Estimate(value, float(low), float(high), draws=defined.size)
 
 
 def group_sums(values_NC: Floats, group_N: NDArray[np.int64], groups: int) -> Floats:
@@ -204,12 +209,14 @@ def _kendall(x_N: Floats, y_N: Floats, group_N: NDArray[np.int64], groups: int) 
 
 
 def _kendall_loop(x_N: Floats, y_N: Floats, group_N: NDArray[np.int64]) -> Replicated:
-    left = max(1, KENDALL_LOOP_WORK // x_N.size)
+    left = KENDALL_LOOP_WORK // x_N.size
+    if left < MIN_DRAWS:
+        return lambda _: np.empty(0)
 
     def replicated(W_BG: Floats) -> Floats:
         nonlocal left
         values = []
-        for W_G in W_BG[: max(left, 0)].astype(np.int64):
+        for W_G in W_BG[:left].astype(np.int64):
             drawn = np.repeat(np.arange(x_N.size), W_G[group_N])
             x, y = x_N[drawn], y_N[drawn]
             values.append(math.nan if undefined_correlation(x, y) else stats.kendalltau(x, y).statistic)
@@ -233,6 +240,10 @@ class PairCounts:
     """People don't prefer one."""
     both_tied_G: Floats
     """Of those, the scores tie too."""
+
+    def summed(self, prompt_G: NDArray[np.int64], prompts: int) -> PairCounts:
+        """The same, counted per prompt, where several groups are about one."""
+        return PairCounts(*group_sums(np.stack(astuple(self), axis=1), prompt_G, prompts).T)
 
 
 def count_pairs(

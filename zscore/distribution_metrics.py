@@ -4,7 +4,7 @@ Raters mostly give whole points where a rubric may have half ones. Both sides ar
 between two of its points is split so that the mean stays (two-hot). Otherwise a model that says 3.5 of a picture which
 one rater calls 3 and the next 4 would be infinitely wrong.
 
-Array legend: N samples, K levels of the rubric, J points of the raters' scale, R ratings of all samples.
+Array legend: N samples, K levels of the rubric, J points of the raters' scale, R ratings of all samples, M forecasts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import polars as pl
     from numpy.typing import NDArray
 
-    from zscore.agreement import Floats, Replicated
+    from zscore.agreement import Floats
 
 # float32 probabilities underflow to 0; one such sample would make the mean NLL infinite.
 FLOOR = 1e-7
@@ -105,30 +105,14 @@ def coverage(probs_NJ: Floats, human_NJ: Floats, level: float) -> Floats:
     return np.asarray(np.where((point_J >= low_N1) & (point_J <= high_N1), human_NJ, 0.0).sum(axis=1))
 
 
-def bin_sums(probs_NJ: Floats, human_NJ: Floats) -> Floats:
-    """What the calibration error is made of, shape (N, 3 · BINS): per bin, count, predicted and observed.
+def calibration_error(probs_NJ: Floats, human_NJ: Floats) -> float:
+    """Expected calibration error: mean |predicted − observed| over bins, weighted by their forecasts.
 
     Each sample makes J − 1 forecasts P(score ≥ point), one for every point but the lowest; the outcome is the share of
-    its raters at or above that point.
+    its raters at or above that point. Chance differences in a bin count as error, so it is too large on few samples.
     """
-    forecast_NT = np.clip(1 - np.cumsum(probs_NJ, axis=1)[:, :-1], 0, 1)
-    outcome_NT = np.clip(1 - np.cumsum(human_NJ, axis=1)[:, :-1], 0, 1)
-    bin_NT = np.minimum((forecast_NT * BINS).astype(np.int64), BINS - 1)
-    samples = probs_NJ.shape[0]
-    slot = (np.arange(samples)[:, None] * BINS + bin_NT).ravel()
-    sums = [
-        np.bincount(slot, weights.ravel(), samples * BINS).reshape(samples, BINS)
-        for weights in (np.ones_like(forecast_NT), forecast_NT, outcome_NT)
-    ]
-    return np.concatenate(sums, axis=1)
-
-
-def calibration_error(sums: Floats) -> Floats:
-    """Expected calibration error from summed `bin_sums` (any leading axes): mean |predicted − observed| over bins."""
-    count, predicted, observed = np.split(sums, 3, axis=-1)
-    return np.asarray(np.abs(predicted - observed).sum(axis=-1) / np.maximum(count.sum(axis=-1), 1))
-
-
-def replicated_calibration_error(sums_GC: Floats) -> Replicated:
-    """The calibration error of bootstrap replicates, from the groups' summed `bin_sums`."""
-    return lambda W_BG: calibration_error(W_BG @ sums_GC)
+    forecast_M = np.clip(1 - np.cumsum(probs_NJ, axis=1)[:, :-1], 0, 1).ravel()
+    outcome_M = np.clip(1 - np.cumsum(human_NJ, axis=1)[:, :-1], 0, 1).ravel()
+    bin_M = np.minimum((forecast_M * BINS).astype(np.int64), BINS - 1)
+    gaps = np.bincount(bin_M, forecast_M - outcome_M, BINS)
+    return float(np.abs(gaps).sum() / max(forecast_M.size, 1))

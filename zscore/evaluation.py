@@ -6,6 +6,7 @@ them as wrong), Kendall's tau stands beside PLCC and SRCC, and distributions are
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from zscore import agreement, distribution_metrics
 from zscore.agreement import Bootstrap, Estimate
+from zscore.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
     from zscore.matching import Comparison, Matched
 
+# A sum of absolute differences: drawing the prompts again adds noise to every bin. Of a calibrated model with 120
+# prompts, none of 100 percentile intervals (95 %) held the true error, and 11 didn't hold the value itself.
+NO_ECE_INTERVAL = "no interval: drawing prompts again adds to this error, so that it would lie above the truth"
 RELATIVE = "ranks and votes compare pictures of one group only"
 
 
@@ -31,7 +36,12 @@ class DimensionReport:
     dimension: str
     note: str
     samples: int
+    left_out: int
+    """Rated samples whose score isn't finite, or whose distribution isn't one."""
     groups: int
+    """Of the pairs: prompts, or single votes."""
+    prompts: int
+    """What the intervals draw."""
     ratings: int
     """Behind the human scores; 0 for an overall that is a mean of other dimensions."""
     pairs: int
@@ -77,7 +87,12 @@ def evaluate(
         level_values: the rubric's, ascending.
         margin: margin HPA only counts pairs whose human scores differ by more (paper, section 5.1: 0.5).
         bootstrap: how intervals are made.
+
+    Raises:
+        UsageError: the margin isn't a finite number, or below 0.
     """
+    if not (math.isfinite(margin) and margin >= 0):
+        raise UsageError(f"--margin {margin:g}: give a finite number of at least 0, like 0.5")
     bootstrap = bootstrap or Bootstrap()
     values_K = np.asarray(level_values, dtype=np.float64)
     return Evaluation(
@@ -95,10 +110,10 @@ def evaluate(
 def _dimension(
     comparison: Comparison, values_K: agreement.Floats, margin: float, bootstrap: Bootstrap
 ) -> DimensionReport:
-    groups, group_N = _numbered(comparison)
-    tied = agreement.count_pairs(comparison.score_N, comparison.human_N, group_N, groups)
-    wide = agreement.count_pairs(comparison.score_N, comparison.human_N, group_N, groups, margin)
-    points, functions = agreement.correlations(comparison.score_N, comparison.human_N, group_N, groups)
+    groups, _ = _numbered(comparison.group_N)
+    prompts, prompt_N = _numbered(comparison.prompt_N)
+    tied, wide = _pairs(comparison, 0.0), _pairs(comparison, margin)
+    points, functions = agreement.correlations(comparison.score_N, comparison.human_N, prompt_N, prompts)
     for prefix, counts in (("", tied), ("margin_", wide)):
         values, replicated = agreement.accuracies(counts, prefix)
         points |= values
@@ -107,13 +122,15 @@ def _dimension(
     del points["margin_hpa_with_human_ties"], functions["margin_hpa_with_human_ties"]
     if comparison.relative:
         points |= {name: Estimate(None, undefined=RELATIVE) for name in points if not name.startswith("hpa")}
-    bootstrap.estimates(points, functions, (groups, comparison.score_N.size))
+    bootstrap.estimates(points, functions, (prompts, comparison.score_N.size))
     distribution, scale, outside = _distribution(comparison, values_K, bootstrap)
     return DimensionReport(
         dimension=comparison.dimension,
         note=comparison.note,
         samples=comparison.score_N.size,
+        left_out=comparison.left_out,
         groups=groups,
+        prompts=prompts,
         ratings=0 if comparison.note else int(comparison.ratings.list.len().sum()),
         pairs=int(tied.pairs_G.sum()),
         margin_pairs=int(wide.pairs_G.sum()),
@@ -126,9 +143,19 @@ def _dimension(
     )
 
 
-def _numbered(comparison: Comparison) -> tuple[int, NDArray[np.int64]]:
-    """Groups of this comparison and the number of each sample's, from 0 without gaps."""
-    present_G, group_N = np.unique(comparison.group_N, return_inverse=True)
+def _pairs(comparison: Comparison, margin: float) -> agreement.PairCounts:
+    """Pairs within groups, counted per prompt."""
+    groups, group_N = _numbered(comparison.group_N)
+    prompts, prompt_N = _numbered(comparison.prompt_N)
+    prompt_G = np.zeros(groups, dtype=np.int64)
+    prompt_G[group_N] = prompt_N
+    counts = agreement.count_pairs(comparison.score_N, comparison.human_N, group_N, groups, margin)
+    return counts.summed(prompt_G, prompts)
+
+
+def _numbered(number_N: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
+    """How many groups (or prompts) are present, and the number of each sample's, from 0 without gaps."""
+    present_G, group_N = np.unique(number_N, return_inverse=True)
     return present_G.size, group_N.astype(np.int64)
 
 
@@ -139,7 +166,7 @@ def _distribution(
     probs_NK = comparison.probs_NK
     if comparison.relative or probs_NK is None or not probs_NK.size:
         return {}, "", 0
-    groups, group_N = _numbered(comparison)
+    prompts, prompt_N = _numbered(comparison.prompt_N)
     scale = distribution_metrics.raters_scale(values_K, distribution_metrics.flat_ratings(comparison.ratings)[0])
     human_NJ, outside = distribution_metrics.histograms(comparison.ratings, scale)
     probs_NJ = probs_NK @ scale.from_levels_KJ
@@ -152,11 +179,8 @@ def _distribution(
         f"coverage_{level:.0%}".rstrip("%"): distribution_metrics.coverage(probs_NJ, human_NJ, level)
         for level in distribution_metrics.COVERAGE_LEVELS
     }
-    bins_NC = distribution_metrics.bin_sums(probs_NJ, human_NJ)
     points = {name: Estimate(float(values_N.mean())) for name, values_N in per_sample.items()}
-    points["ece"] = Estimate(float(distribution_metrics.calibration_error(bins_NC.sum(axis=0))))
-    functions = {name: agreement.mean_of(values_N, group_N, groups) for name, values_N in per_sample.items()}
-    sums_GC = agreement.group_sums(bins_NC, group_N, groups)
-    functions["ece"] = distribution_metrics.replicated_calibration_error(sums_GC)
-    bootstrap.estimates(points, functions, (groups, groups))
+    functions = {name: agreement.mean_of(values_N, prompt_N, prompts) for name, values_N in per_sample.items()}
+    bootstrap.estimates(points, functions, (prompts, prompts))
+    points["ece"] = Estimate(distribution_metrics.calibration_error(probs_NJ, human_NJ), undefined=NO_ECE_INTERVAL)
     return points, str(scale), outside

@@ -7,7 +7,7 @@ builds the ground truth (section 2); `aggregate` does that to the mean and to th
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +38,8 @@ class Ratings:
     """Scores are ranks or votes: they only compare samples of one group."""
     source: str
     """Where they come from, for messages."""
+    scale: tuple[float, float] | None = None
+    """Least and largest rating that raters could give, where the format says so."""
 
     @property
     def sample(self) -> list[str]:
@@ -257,4 +259,4 @@ def rename_dimensions(ratings: Ratings, names: Mapping[str, str]) -> Ratings:
     if len(set(renamed)) != len(renamed):
         raise UsageError(f"--map gives two dimensions of {ratings.source} one name: {', '.join(renamed)}")
     frame = ratings.frame.with_columns(pl.col("dimension").replace(dict(names)))
-    return Ratings(frame, ratings.relative, ratings.source)
+    return replace(ratings, frame=frame)

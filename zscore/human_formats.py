@@ -43,7 +43,7 @@ def read_hpdv2(source: str) -> Ratings:
         rows += [
             _row(key=key_of(path), group=f"{number}", score=score) for path, score in zip(paths, scores, strict=True)
         ]
-    return _ratings(rows, source, relative=True)
+    return _ratings(rows, source, None)
 
 
 def read_image_reward(source: str) -> Ratings:
@@ -54,7 +54,7 @@ def read_image_reward(source: str) -> Ratings:
         for entry in frame.iter_rows(named=True)
         for column, name in IMAGE_REWARD_DIMENSIONS.items()
     ]
-    return _ratings(rows, source, relative=False)
+    return _ratings(rows, source, (1, 7))
 
 
 def read_pick_a_pic(source: str) -> Ratings:
@@ -68,7 +68,7 @@ def read_pick_a_pic(source: str) -> Ratings:
         if entry["image_0_uid"] != entry["image_1_uid"]  # a picture against itself tells nothing
         for side in (0, 1)
     ]
-    return _ratings(rows, source, relative=True)
+    return _ratings(rows, source, None)
 
 
 def read_genai_bench(source: str) -> Ratings:
@@ -82,7 +82,7 @@ def read_genai_bench(source: str) -> Ratings:
         for model, scores in _field(entry, "models", source).items()
         for rater, score in enumerate(scores)
     ]
-    return _ratings(rows, source, relative=False)
+    return _ratings(rows, source, (1, 5))
 
 
 def read_agiqa(source: str) -> Ratings:
@@ -93,7 +93,7 @@ def read_agiqa(source: str) -> Ratings:
         for entry in frame.iter_rows(named=True)
         for column, name in (("mos_quality", "quality"), ("mos_align", "alignment"))
     ]
-    return _ratings(rows, source, relative=False)
+    return _ratings(rows, source, (0, 5))
 
 
 def read_evalmuse(source: str) -> Ratings:
@@ -111,7 +111,7 @@ def read_evalmuse(source: str) -> Ratings:
             )
             for rater, score in enumerate(scores if isinstance(scores, list) else [scores])
         ]
-    return _ratings(rows, source, relative=False)
+    return _ratings(rows, source, (1, 5))
 
 
 def read_tifa160(source: str) -> Ratings:
@@ -127,7 +127,7 @@ def read_tifa160(source: str) -> Ratings:
         )
         for entry in frame.iter_rows(named=True)
     ]
-    return _ratings(rows, source, relative=False)
+    return _ratings(rows, source, (1, 5))
 
 
 FORMATS: dict[str, Callable[[str], Ratings]] = {
@@ -180,14 +180,15 @@ def _row(*, key: str, score: Any, group: Any, dimension: str = OVERALL, rater: s
     return {"key": key, "group": group, "dimension": dimension, "rater": rater, "score": score}
 
 
-def _ratings(rows: list[dict[str, Any]], source: str, *, relative: bool) -> Ratings:
+def _ratings(rows: list[dict[str, Any]], source: str, scale: tuple[float, float] | None) -> Ratings:
+    """Ratings on a scale, or ranks and votes where there is none."""
     schema = {"key": pl.String, "group": pl.String, "dimension": pl.String, "rater": pl.String}
     frame = pl.DataFrame(
         rows, schema=[*schema, "score"], schema_overrides=schema, strict=False, infer_schema_length=None
     )
     if frame.schema["score"] == pl.Null:
         frame = frame.with_columns(pl.col("score").cast(pl.Float64))
-    return Ratings(cleaned(frame, source), relative, source)
+    return Ratings(cleaned(frame, source), relative=scale is None, source=source, scale=scale)
 
 
 def _flat(source: str, columns: Sequence[str]) -> pl.DataFrame:

@@ -1,21 +1,17 @@
-"""Which scored row a human rating is about, and the two put side by side.
-
-Samples match by (shard, index) or (shard, key), by key alone where the ratings name no shard. Shard names match with
-and without `.tar`, keys with and without the picture's suffix. Where not a single one matches, base names are tried.
-Whatever then matches no row, or more than one, is an error that counts and shows it.
-"""
+"""Scores and human ratings of the same samples, put side by side (`zscore.joining` finds which they are)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
-from zscore.errors import TableError, UsageError
+from zscore.errors import TableError
 from zscore.human import DECIMALS, OVERALL
+from zscore.joining import Table, check_columns, check_one_to_one, find, own_names
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,11 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from zscore.human import Ratings
-
-TAR_SUFFIX = r"(?i)\.(tar|tgz|tar\.gz)$"
-# From the first dot after the last slash: what webdataset cuts off to get the key.
-FILE_SUFFIX = r"\.[^/]*$"
-FOLDER = r"^.*/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +30,9 @@ class Comparison:
     human_N: NDArray[np.float64]
     """Aggregated over raters. Both are rounded to 1e-9, so that equal means tie."""
     group_N: NDArray[np.int64]
-    """Number of the sample's group (its prompt), from 0."""
+    """Number of the sample's group, from 0: pairs are made within it. Its prompt, or the one vote that it is about."""
+    prompt_N: NDArray[np.int64]
+    """Number of the prompt that the whole group belongs to, from 0: what intervals draw."""
     ratings: pl.Series
     """The kept ratings of each sample, as lists."""
     probs_NK: NDArray[np.float64] | None
@@ -47,6 +40,8 @@ class Comparison:
     relative: bool = False
     """Human scores only compare samples of one group."""
     note: str = ""
+    left_out: int = 0
+    """Rated samples that aren't here, for their score isn't finite or their distribution isn't one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,163 +69,127 @@ def match(
     *,
     by: str | None = None,
     allow_missing: bool = False,
+    source: str = "the scores",
 ) -> Matched:
     """Put scores and ratings side by side.
 
     Args:
-        scores: rows of scores.parquet.
+        scores: rows of scores.parquet, or of a table with some of its columns.
         dimensions: the rubric's.
         ratings: where `aggregated` comes from.
         aggregated: one row per sample and dimension, from `zscore.human.aggregate`.
-        by: scores column that holds the groups; default: the ratings' own, else `group`.
+        by: scores column that holds the groups; default: the ratings' own, else `group`. Votes keep their own groups,
+            for them it says which are about one prompt.
         allow_missing: leave rated samples out that have no row, instead of refusing.
+        source: what messages call the scores.
 
     Raises:
-        TableError: a sample matches no row or several, or nothing can be compared.
+        TableError: a sample matches no row or several, a column is missing, or nothing can be compared.
         UsageError: `by` isn't a column.
     """
-    samples = aggregated.select(ratings.sample).unique(maintain_order=True).with_row_index("sample")
+    samples = aggregated.select(ratings.sample).unique(maintain_order=True).with_row_index(".sample")
     columns = scores.collect_schema().names()
-    if by is not None and by not in columns:
-        near = get_close_matches(by, columns, n=1)
-        raise UsageError(f"--by {by}: no such column{f', did you mean {near[0]}?' if near else ''}")
-    shared, derived = _shared(dimensions, aggregated, ratings)
-    rows, how = _find(scores, samples, [*_value_columns(columns, dimensions), *([by] if by else [])])
-    _check_one_to_one(rows, samples, ratings, allow_missing=allow_missing)
-    # The index tells rows of one shard apart; a rating's own group wins over the scores' (a vote is about one pair).
-    group = by or ("sample_group" if "group" in ratings.sample else "group")
-    found = aggregated.join(samples, on=ratings.sample, nulls_equal=True).join(rows, on="sample", suffix="_scored")
-    # A sample that names no group is one of its own.
-    named = pl.coalesce(pl.col(group).cast(pl.String), pl.format("\0{}", "sample"))
-    found = found.with_columns(_group=named.rank("dense").cast(pl.Int64) - 1).sort("sample", "dimension")
+    check_columns(columns, ratings, by, source)
+    values = [name for name in (OVERALL, *dimensions) if name in columns]
+    shared, derived = _shared(values, aggregated, ratings, source)
+    rows, how = find(Table(own_names(scores, values, by), source), samples, ratings)
+    check_one_to_one(rows, samples, ratings, allow_missing=allow_missing)
+    found = _grouped(_side_by_side(aggregated, samples, rows, ratings), ratings, by)
     comparisons = [_comparison(found, name, relative=ratings.relative) for name in shared]
     if derived:
-        whole = set(derived) == set(dimensions) and OVERALL in rows.columns
+        whole = set(derived) == set(dimensions) and OVERALL in values
         comparisons.append(_derived_overall(found, derived, pl.col(OVERALL) if whole else None))
-    scored = rows.drop_nulls(OVERALL).height if OVERALL in rows.columns else rows.height
     return Matched(
         comparisons=tuple(comparisons),
         by=how,
         rated=samples.height,
         missing=samples.height - rows.height,
-        unscored=rows.height - scored,
+        unscored=rows.height - int(rows[".scored"].sum()),
         not_compared=tuple(sorted(set(aggregated["dimension"].unique()) - set(shared))),
     )
 
 
-def _value_columns(columns: Sequence[str], dimensions: Sequence[str]) -> list[str]:
-    wanted = [OVERALL, *dimensions, *(f"{name}_probs" for name in dimensions)]
-    return [name for name in wanted if name in columns]
-
-
-def _shared(dimensions: Sequence[str], aggregated: pl.DataFrame, ratings: Ratings) -> tuple[list[str], list[str]]:
+def _shared(
+    values: Sequence[str], aggregated: pl.DataFrame, ratings: Ratings, source: str
+) -> tuple[list[str], list[str]]:
     """Dimensions that both sides have, and those that a derived overall is the mean of."""
+    if not values:
+        raise TableError(f"{source} has no column with scores: was it made with --columns?")
     rated = aggregated["dimension"].unique().sort().to_list()
-    shared = [name for name in (*dimensions, OVERALL) if name in rated]
+    shared = sorted((name for name in values if name in rated), key=lambda name: name == OVERALL)
     if not shared:
-        near = [match for name in rated for match in get_close_matches(name, dimensions, n=1)]
-        fix = f"--map {rated[0]}={near[0] if near else dimensions[0]}" if rated else "check the file"
+        theirs = [name for name in values if name != OVERALL] or [OVERALL]
+        near = [match for name in rated for match in get_close_matches(name, theirs, n=1)]
+        fix = f"--map {rated[0]}={near[0] if near else theirs[0]}" if rated else "check the file"
         raise TableError(
-            f"{ratings.source} rates {', '.join(rated) or 'nothing'}, the scores have {', '.join(dimensions)}: "
+            f"{ratings.source} rates {', '.join(rated) or 'nothing'}, the scores have {', '.join(theirs)}: "
             f"nothing to compare; try {fix}"
         )
     derived = shared if OVERALL not in shared and len(shared) > 1 and not ratings.relative else []
     return shared, derived
 
 
-def _find(scores: pl.LazyFrame, samples: pl.DataFrame, values: Sequence[str]) -> tuple[pl.DataFrame, str]:
-    """Rows of the scores that are rated, with the number of their sample, and how they were found."""
-    on = [name for name in ("shard", "index" if "index" in samples.columns else "key") if name in samples.columns]
-    text = {name for name in on if name != "index"}
-    wanted = list(dict.fromkeys(["shard", "index", "key", "group", *values]))
-    left = scores.select(wanted).with_columns(pl.col("shard", "key", "group").cast(pl.String))
-    steps = [(_name, " and ".join(on))]
-    if text:
-        steps.append((_base_name, " and ".join(f"base name of the {name}" if name in text else name for name in on)))
-    rows = pl.DataFrame()
-    for clean, how in steps:
-        keyed = left.with_columns(clean(name).alias(f"_{name}") if name in text else _kept(name) for name in on)
-        right = samples.select(
-            "sample",
-            *(clean(name).alias(f"_{name}") if name in text else _kept(name) for name in on),
-            *([pl.col("group").alias("sample_group")] if "group" in samples.columns else []),
-        )
-        marks = [f"_{name}" for name in on]
-        rows = keyed.join(right.lazy(), on=marks, how="inner").drop(marks).collect()
-        if rows.height:
-            return rows, how
-    first = scores.select("shard", "index", "key").head(1).collect()
-    shown = ", ".join(f"{name} {value!r}" for name, value in first.row(0, named=True).items()) if first.height else "-"
-    raise TableError(
-        f"none of the {samples.height:,} rated samples is in the scores: the ratings name {_shown(samples)}, "
-        f"the scores {shown}"
+def _side_by_side(
+    aggregated: pl.DataFrame, samples: pl.DataFrame, rows: pl.DataFrame, ratings: Ratings
+) -> pl.DataFrame:
+    theirs = {"dimension": ".dimension", "score": ".human", "ratings": ".ratings"}
+    rated = aggregated.join(samples, on=ratings.sample, nulls_equal=True).select(
+        ".sample", *(pl.col(name).alias(ours) for name, ours in theirs.items())
     )
+    return rated.join(rows, on=".sample")
 
 
-def _kept(name: str) -> pl.Expr:
-    return pl.col(name).cast(pl.Int64).alias(f"_{name}")
-
-
-def _name(column: str) -> pl.Expr:
-    suffix = TAR_SUFFIX if column == "shard" else FILE_SUFFIX
-    return pl.col(column).str.strip_prefix("./").str.replace(suffix, "")
-
-
-def _base_name(column: str) -> pl.Expr:
-    return _name(column).str.replace(FOLDER, "")
-
-
-def _check_one_to_one(rows: pl.DataFrame, samples: pl.DataFrame, ratings: Ratings, *, allow_missing: bool) -> None:
-    many = rows.group_by("sample").len().filter(pl.col("len") > 1)
-    if many.height:
-        first = rows.filter(pl.col("sample") == many["sample"].min()).sort("shard", "index")
-        where = " and ".join(f"'{shard}' (index {index})" for shard, index in first.select("shard", "index").rows()[:2])
-        raise TableError(
-            f"{many.height:,} samples of {ratings.source} match more than one scored row; the first: key "
-            f"'{first['key'][0]}' is in {where}: add a shard column (or shard and index) to the ratings"
-        )
-    row = ["shard", "index", *(["sample_group"] if "sample_group" in rows.columns else [])]
-    again = rows.group_by(row, maintain_order=True).agg(pl.col("sample")).filter(pl.col("sample").list.len() > 1)
-    if again.height:
-        both = samples.filter(pl.col("sample").is_in(again["sample"][0].to_list())).drop("sample")
-        raise TableError(
-            f"{again.height:,} scored rows are rated under more than one name in {ratings.source}; the first: "
-            f"{both.rows()[0]} and {both.rows()[1]}: keep one of them"
-        )
-    missing = samples.join(rows, on="sample", how="anti")
-    if missing.height and not allow_missing:
-        raise TableError(
-            f"{missing.height:,} of the {samples.height:,} rated samples of {ratings.source} aren't in the scores; the "
-            f"first: {_shown(missing)}: score them too, or leave them out with --allow-missing"
-        )
-
-
-def _shown(samples: pl.DataFrame) -> str:
-    first: dict[str, Any] = samples.row(0, named=True)
-    return ", ".join(f"{name} {value!r}" for name, value in first.items() if name not in {"sample", "group"})
+def _grouped(found: pl.DataFrame, ratings: Ratings, by: str | None) -> pl.DataFrame:
+    """The same with numbers of groups and prompts, sorted; a sample that names no group is one of its own."""
+    ours = ".group" if by is None else ".by"
+    # A vote is about its own pictures only; but twenty votes on one prompt aren't twenty prompts.
+    own = "group" in ratings.sample and (by is None or ratings.relative)
+    group, prompt = (".rated_group" if own else ours), (ours if ratings.relative or not own else ".rated_group")
+    named = {
+        name: pl.coalesce(pl.col(column), pl.format("\0{}", ".sample"))
+        for name, column in ((".group_number", group), (".prompt_number", prompt))
+    }
+    found = found.with_columns(**named).sort(".sample", ".dimension")
+    # Pairs never straddle what is drawn, even where a vote's two pictures were scored under two prompts.
+    found = found.with_columns(pl.col(".prompt_number").first().over(".group_number"))
+    return found.with_columns(pl.col(list(named)).rank("dense").cast(pl.Int64) - 1)
 
 
 def _comparison(found: pl.DataFrame, name: str, *, relative: bool) -> Comparison:
-    column = f"{name}_probs"
-    # `score` is the ratings' aggregated column; the model's is named after the dimension.
-    rows = found.filter(pl.col("dimension") == name, pl.col(name).is_finite())
-    probs = None
-    if column in found.columns:
-        probs = rows[column].list.to_array(_width(rows[column])) if rows[column].dtype == pl.List else rows[column]
+    rated = found.filter(pl.col(".dimension") == name, pl.col(".scored"))
+    usable_N = rated[name].is_finite().fill_null(value=False).to_numpy()
+    probs_NK = None
+    if f"{name}_probs" in found.columns:
+        probs_NK, whole_N = _distributions(rated[f"{name}_probs"])
+        usable_N = usable_N & whole_N
+        probs_NK = probs_NK[usable_N]
+    rows = rated.filter(usable_N)
     return Comparison(
         dimension=name,
         score_N=rows[name].cast(pl.Float64).round(DECIMALS).to_numpy(),
-        human_N=rows["score"].to_numpy(),
-        group_N=rows["_group"].to_numpy(),
-        ratings=rows["ratings"],
-        probs_NK=None if probs is None else probs.to_numpy().astype(np.float64),
+        human_N=rows[".human"].to_numpy(),
+        group_N=rows[".group_number"].to_numpy(),
+        prompt_N=rows[".prompt_number"].to_numpy(),
+        ratings=rows[".ratings"],
+        probs_NK=probs_NK,
         relative=relative,
+        left_out=rated.height - rows.height,
     )
 
 
-def _width(lists: pl.Series) -> int:
-    longest = lists.list.len().max()
-    return int(longest) if isinstance(longest, int) else 0
+def _distributions(lists: pl.Series) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Lists as one array, shape (N, K), and which are distributions: whole, finite, not negative, not all zero."""
+    if isinstance(lists.dtype, pl.Array):
+        lists = lists.arr.to_list()
+    lengths_N = lists.list.len().fill_null(0).to_numpy()
+    levels = int(lengths_N.max(initial=0))
+    whole_N = lengths_N == levels
+    probs_NK = np.full((len(lists), levels), np.nan)
+    if levels:
+        flat = lists.filter(whole_N).explode().cast(pl.Float64)
+        probs_NK[whole_N] = flat.to_numpy().reshape(-1, levels)
+    usable_N = np.isfinite(probs_NK).all(axis=1) & (probs_NK >= 0).all(axis=1) & (probs_NK.sum(axis=1) > 0)
+    return probs_NK, usable_N
 
 
 def _derived_overall(found: pl.DataFrame, names: Sequence[str], column: pl.Expr | None) -> Comparison:
@@ -238,20 +197,28 @@ def _derived_overall(found: pl.DataFrame, names: Sequence[str], column: pl.Expr 
 
     `column` is the scores' own overall, where it is that mean: what a threshold would be compared with.
     """
-    score = pl.mean_horizontal(pl.col(names).cast(pl.Float64)) if column is None else column.cast(pl.Float64)
-    rows = found.filter(pl.col("dimension").is_in(names)).with_columns(_score=score)
+    mean = pl.mean_horizontal(pl.col(names).cast(pl.Float64), ignore_nulls=False)
+    score = (mean if column is None else column.cast(pl.Float64)).alias(".score")
+    rated = found.filter(pl.col(".dimension").is_in(names), pl.col(".scored")).with_columns(score)
     complete = (
-        rows.group_by("sample")
-        .agg(pl.col("score").mean().round(DECIMALS), pl.col("_score", "_group").first(), pl.len())
-        .filter(pl.col("len") == len(names), pl.col("_score").is_finite())
-        .sort("sample")
+        rated.group_by(".sample")
+        .agg(
+            pl.col(".human").mean().round(DECIMALS),
+            pl.col(".score", ".group_number", ".prompt_number").first(),
+            pl.len(),
+        )
+        .filter(pl.col("len") == len(names))
+        .sort(".sample")
     )
+    rows = complete.filter(pl.col(".score").is_finite())
     return Comparison(
         dimension=OVERALL,
-        score_N=complete["_score"].cast(pl.Float64).round(DECIMALS).to_numpy(),
-        human_N=complete["score"].to_numpy(),
-        group_N=complete["_group"].to_numpy(),
-        ratings=complete.select(pl.concat_list("score"))["score"],
+        score_N=rows[".score"].round(DECIMALS).to_numpy(),
+        human_N=rows[".human"].to_numpy(),
+        group_N=rows[".group_number"].to_numpy(),
+        prompt_N=rows[".prompt_number"].to_numpy(),
+        ratings=rows.select(pl.concat_list(".human")).to_series(),
         probs_NK=None,
         note=f"mean of {', '.join(names)}",
+        left_out=complete.height - rows.height,
     )

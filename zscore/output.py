@@ -74,11 +74,11 @@ class Output:
         self._provenance = provenance
         self.attempt = datetime.now(UTC).isoformat()
         if self.is_folder:
-            self._parts = open_store(out.rstrip("/") or "/")
+            self._parts = open_store(out.rstrip("/") or "/", resumes=True)
         else:
             folder, self._name = split_out(out)
-            self._final = open_store(folder)
-            self._parts = open_store(f"{out}.parts")
+            self._final = open_store(folder, resumes=True)
+            self._parts = open_store(f"{out}.parts", resumes=True)
 
     @contextlib.contextmanager
     def locked(self, shards: Sequence[ShardRef]) -> Iterator[None]:

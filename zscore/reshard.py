@@ -122,9 +122,9 @@ class _Job:
         self._size = size
         self._sources = sources
         out = options.out.rstrip("/") or "/"
-        self._out = open_store(out)
+        self._out = open_store(out, resumes=True)
         # Hidden, so that a glob or a folder of the output only holds shards.
-        self._state = open_store(f"{out}/.{options.prefix}-reshard")
+        self._state = open_store(f"{out}/.{options.prefix}-reshard", resumes=True)
         self._index = f"{options.prefix}-index.json"
         self._result = Result(self._out.path(self._index))
 

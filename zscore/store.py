@@ -69,17 +69,21 @@ def split_out(out: str) -> tuple[str, str]:
     return (head or ("/" if out.startswith("/") else ".")), name
 
 
-def open_store(folder: str) -> Store:
+def open_store(folder: str, *, resumes: bool = False) -> Store:
     """The store for a local folder or an fsspec url.
+
+    Args:
+        folder: path or url.
+        resumes: what is finished there stays when a write fails, and the same command goes on; errors say so.
 
     Raises:
         UsageError: the protocol isn't known or its package isn't installed.
     """
     protocol = folder.partition("://")[0] if "://" in folder else "file"
     if protocol in {"file", "local"}:
-        return LocalStore(Path(folder.removeprefix("file://").removeprefix("local://")))
+        return LocalStore(Path(folder.removeprefix("file://").removeprefix("local://")), resumes=resumes)
     try:
-        return RemoteStore(folder, protocol)
+        return RemoteStore(folder, protocol, resumes=resumes)
     except (ImportError, ValueError) as error:
         raise UsageError(f"can't write to {folder}: {error}") from error
 
@@ -92,8 +96,9 @@ def is_local(url: str) -> bool:
 class LocalStore:
     """A folder on this machine."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, resumes: bool = False) -> None:
         self._folder = folder
+        self._resumes = resumes
 
     def path(self, name: str) -> str:
         """See `Store`."""
@@ -114,14 +119,14 @@ class LocalStore:
     def write(self, name: str) -> Iterator[IO[bytes]]:
         """See `Store`."""
         final = self._folder / name
-        with _as_output_error(str(final)):
+        with self._named(final):
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self._folder, prefix=f".{name}.", suffix=".tmp")
         try:
-            with _as_output_error(str(final), only=FULL), os.fdopen(descriptor, "wb") as stream:
+            with self._named(final, only=FULL), os.fdopen(descriptor, "wb") as stream:
                 yield stream  # other errors in here are the caller's own: reading shards, say
                 stream.flush()
-            with _as_output_error(str(final)):
+            with self._named(final):
                 _seal(Path(temporary))
                 Path(temporary).replace(final)
                 _sync_folder(self._folder)
@@ -132,6 +137,9 @@ class LocalStore:
     def delete(self, name: str) -> None:
         """See `Store`."""
         (self._folder / name).unlink(missing_ok=True)
+
+    def _named(self, file: Path, *, only: frozenset[int] | None = None) -> contextlib.AbstractContextManager[None]:
+        return _as_output_error(str(file), only=only, resumes=self._resumes)
 
     def delete_if_empty(self) -> None:
         """See `Store`."""
@@ -153,7 +161,7 @@ class LocalStore:
     def lock(self, name: str) -> Iterator[None]:
         """See `Store`: an advisory lock that the kernel drops with the process, however it ends."""
         file = self._folder / name
-        with _as_output_error(str(file)):
+        with self._named(file):
             descriptor = self._locked(file)
         try:
             yield
@@ -183,7 +191,8 @@ class LocalStore:
 class RemoteStore:
     """A prefix on any file system that fsspec knows."""
 
-    def __init__(self, folder: str, protocol: str) -> None:
+    def __init__(self, folder: str, protocol: str, *, resumes: bool = False) -> None:
+        self._resumes = resumes
         self._url = folder.rstrip("/")
         self._fs, self._prefix = fsspec.core.url_to_fs(self._url)
         self._prefix = self._prefix.rstrip("/")
@@ -215,7 +224,7 @@ class RemoteStore:
         """See `Store`: written to a local temporary file first, then uploaded in one go."""
         final = f"{self._prefix}/{name}"
         with tempfile.NamedTemporaryFile(prefix="zscore-") as stream:
-            with _as_output_error(stream.name, only=FULL):
+            with _as_output_error(stream.name, only=FULL, resumes=self._resumes):
                 yield stream
                 stream.flush()
             if self._lease is not None:
@@ -295,7 +304,7 @@ def _as_remote_error(where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_output_error(where: str, *, only: frozenset[int] | None = None) -> Iterator[None]:
+def _as_output_error(where: str, *, only: frozenset[int] | None = None, resumes: bool = False) -> Iterator[None]:
     """Operating-system errors (or `only` these) as one line that says what to do; ours pass through."""
     try:
         yield
@@ -304,7 +313,9 @@ def _as_output_error(where: str, *, only: frozenset[int] | None = None) -> Itera
     except OSError as error:
         if only is not None and error.errno not in only:
             raise
-        fix = "free some space; finished shards are kept and the same command resumes"
-        if error.errno not in FULL:
-            fix = "check that the folder exists and that you may write there; finished shards are kept"
+        fix = "check that the folder exists and that you may write there"
+        if error.errno in FULL:
+            fix = "free some space"
+        if resumes:
+            fix += "; finished shards are kept and the same command resumes"
         raise OutputError(f"can't write {where}: {error.strerror or error}: {fix}") from error

@@ -20,28 +20,45 @@ _IDENTITY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
 )
 
 
-def check_unmixed(files: Sequence[str], metadatas: Sequence[dict[str, Any]], *, allow_mixed: bool) -> None:
-    """Refuse files that were scored differently.
+def check_unmixed(files: Sequence[str], metadatas: Sequence[dict[str, Any]], *, allow_mixed: bool | None) -> None:
+    """Refuse files that were scored differently; None for `allow_mixed` does so without advising the option.
 
     Raises:
         TableError: names the field, both values and both files; or a table among those it was derived from.
     """
     first = metadatas[0]
+    otherwise = ", or pass --allow-mixed" if allow_mixed is not None else ""
     for file, metadata in zip(files[1:], metadatas[1:], strict=True):
         if allow_mixed:
             continue
-        for path, name, shown in _IDENTITY:
-            if _at(first, path) != _at(metadata, path):
-                ours, theirs = (_shown(data, path, shown) for data in (first, metadata))
-                raise TableError(
-                    f"{files[0]} and {file} weren't scored alike: {name} {ours} and {theirs};"
-                    " name files that were, or pass --allow-mixed"
-                )
+        name = difference(first, metadata)
+        if name:
+            ours, theirs = (shown(data, name) for data in (first, metadata))
+            raise TableError(
+                f"{files[0]} and {file} weren't scored alike: {name} {ours} and {theirs};"
+                f" name files that were{otherwise}"
+            )
         if _commands(first) != _commands(metadata):
             raise TableError(
                 f"{files[0]} and {file} don't belong together: {_origin(file, metadata)}, {_origin(files[0], first)};"
-                " name the files that are meant, or pass --allow-mixed"
+                f" name the files that are meant{otherwise}"
             )
+
+
+def identity(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What of the metadata makes scores comparable, under the same keys."""
+    kept: dict[str, Any] = {key: metadata.get(key) for key in ("model", "layout", "template", "max_pixels")}
+    return {"rubric": {key: _at(metadata, ("rubric", key)) for key in ("name", "hash")}, **kept}
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """What people call the first thing that makes two scores incomparable; empty where there is none."""
+    return next((name for path, name, _ in _IDENTITY if _at(ours, path) != _at(theirs, path)), "")
+
+
+def shown(metadata: dict[str, Any], name: str) -> str:
+    """The metadata's value of what `difference` named."""
+    return next(_shown(metadata, path, label) for path, called, label in _IDENTITY if called == name)
 
 
 def _at(metadata: dict[str, Any], path: Sequence[str]) -> Any:

@@ -136,12 +136,13 @@ def looked_up(values: NDArray[Any], dtype: PolarsDataType) -> pl.Expr:
     )
 
 
-def open_scores(*sources: str, allow_mixed: bool = False) -> Scores:
+def open_scores(*sources: str, allow_mixed: bool | None = False) -> Scores:
     """Open the files that the sources stand for as one table.
 
     Args:
         sources: files, folders (all `.parquet` below them), globs, fsspec urls of these.
-        allow_mixed: take files whose rubric, model or settings differ; only what they share can be asked for.
+        allow_mixed: take files whose rubric, model or settings differ; only what they share can be asked for. None
+            refuses them too, for a caller that has no such option to advise.
 
     Raises:
         TableError: a file that is missing, isn't a scores table, or was scored differently from the first.

@@ -34,7 +34,7 @@ class Gsb:
 
 
 def read_votes(source: str) -> pl.DataFrame:
-    """Votes per row: columns good, same, bad (counts, int64) and prompt (text; each row is its own without one).
+    """Votes per row: columns good, same, bad (counts, int64) and prompt (text; a row without one is its own).
 
     Args:
         source: CSV or parquet with a `vote` column (good, same, bad; also g/s/b and 1/0/-1) or with one column of
@@ -61,8 +61,10 @@ def read_votes(source: str) -> pl.DataFrame:
         raise TableError(
             f"{source} has neither a 'vote' column nor the columns good, same, bad; it has {', '.join(frame.columns)}"
         )
-    prompt = next((pl.col(by_name[name]) for name in PROMPT_COLUMNS if name in by_name), pl.int_range(pl.len()))
-    votes = frame.select(prompt.cast(pl.String).alias("prompt"), *counts)
+    given = next((pl.col(by_name[name]) for name in PROMPT_COLUMNS if name in by_name), pl.lit(None))
+    text = given.cast(pl.String)
+    prompt = pl.coalesce(pl.when(text.str.strip_chars() != "").then(text), pl.format("\0{}", pl.int_range(pl.len())))
+    votes = frame.select(prompt.alias("prompt"), *counts)
     broken = votes.filter(pl.any_horizontal(pl.col(OUTCOMES).is_null() | (pl.col(OUTCOMES) < 0)))
     if broken.height:
         raise TableError(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zscore.cli.evaluate import COLUMN_HELP, FORMAT_HELP, MAP_HELP, load_ratings, table
+from zscore.cli.evaluate import BY_HELP, COLUMN_HELP, FORMAT_HELP, MAP_HELP, load_ratings, table
+from zscore.cli.render import plain
 
 if TYPE_CHECKING:
     from zscore.calibration import Calibration
@@ -22,9 +23,7 @@ def calibrate(
     aggregate: Annotated[
         str, typer.Option(help="Over raters: trimmed (drops highest and lowest) or mean.")
     ] = "trimmed",
-    by: Annotated[
-        str | None, typer.Option(help="Scores column whose equal values make a group.", show_default="group")
-    ] = None,
+    by: Annotated[str | None, typer.Option(help=BY_HELP, show_default="group")] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Leave out rated samples without a row.")
     ] = False,
@@ -45,15 +44,22 @@ def calibrate(
     kept pictures whose human score is below the minimum is at most 10 %. It is an expectation over the draw of both:
     one run may have more. It is about what this rule keeps; other criteria of the same call come on top. Pictures of
     one prompt are alike: rate many prompts rather than many pictures of few.
+
+    \b
+    Ratings outside the rubric's levels are refused. Those of a --format with a scale of its own (imagereward 1 to 7,
+    agiqa-3k 0 to 5) are mapped to the rubric's, end to end, and so is what the minimum is compared with.
     """
-    from zscore.calibration import calibrate_scores, write_calibration
+    from zscore.calibration import write_calibration
+    from zscore.fitting import calibrate_scores
     from zscore.human import aggregation
+    from zscore.table_output import check_targets
     from zscore.tables import open_scores
 
-    opened = open_scores(scores)
+    opened = open_scores(scores, allow_mixed=None)
+    check_targets([*opened.files, human], {"--out": out})
     ratings = load_ratings(human, opened.metadata["rubric"]["dimensions"], layout, column, names)
     if not ratings.frame.height:
-        typer.echo(f"{human} holds no ratings: nothing to calibrate with, nothing written")
+        typer.echo(plain(f"{human} holds no ratings: nothing to calibrate with, nothing written"))
         return
     made = calibrate_scores(
         opened,
@@ -65,7 +71,20 @@ def calibrate(
         seed=seed,
     )
     write_calibration(made, out)
-    typer.echo("\n".join([*table(_rows(made)), "", f"written to {out}"]))
+    typer.echo("\n".join(plain(line) for line in [*table(_rows(made)), "", *_notes(made), f"written to {out}"]))
+
+
+def _notes(made: Calibration) -> list[str]:
+    """What the numbers rest on, where it isn't just the two files."""
+    notes = [
+        f"{name}: {count:,} rated samples left out, whose score or distribution isn't finite"
+        for name, count in made.provenance["left_out"].items()
+        if count
+    ]
+    scale, ends = made.provenance["sources"]["human_scale"], (made.values[0], made.values[-1])
+    if scale is not None and tuple(scale) != ends:
+        notes.append(f"ratings on {scale[0]:g} to {scale[1]:g}, mapped to {ends[0]:g} to {ends[1]:g}")
+    return notes
 
 
 def _rows(made: Calibration) -> list[list[str]]:

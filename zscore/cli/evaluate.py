@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zscore.cli.render import plain
 from zscore.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ LABELS = {
 }
 FORMAT_HELP = "table (CSV, parquet), hpdv2, imagereward, pickapic, genai-bench, agiqa-3k, evalmuse or tifa160."
 COLUMN_HELP = "ROLE=NAME of a table's column; roles: shard, index, key, group, dimension, rater, score."
+BY_HELP = "Scores column whose equal values make a group; for votes, a prompt."
 MAP_HELP = "THEIRS=OURS: compare the file's dimension THEIRS with the scores' dimension OURS."
 
 
@@ -52,9 +54,7 @@ def evaluate(
     aggregate: Annotated[
         str, typer.Option(help="Over raters: trimmed (drops highest and lowest) or mean.")
     ] = "trimmed",
-    by: Annotated[
-        str | None, typer.Option(help="Scores column whose equal values make a group.", show_default="group")
-    ] = None,
+    by: Annotated[str | None, typer.Option(help=BY_HELP, show_default="group")] = None,
     margin: Annotated[float, typer.Option(min=0, help="Margin HPA: human gaps above this.")] = 0.5,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Leave out rated samples without a row.")
@@ -69,7 +69,9 @@ def evaluate(
 ) -> None:
     """Compare scores with human ratings: correlation, preference accuracy, distribution quality.
 
-    Ratings are matched by shard (with or without .tar) and key, or by key alone. Intervals draw whole prompts.
+    Ratings are matched by shard (with or without .tar) and key, or by key alone; a column index must be that of the
+    sample in its shard, and where there is a key too, both must fit. Intervals draw whole prompts, whatever the number
+    of votes on one. The calibration error (ECE) has no interval: drawing prompts again adds to it.
     Distributions are compared on the raters' scale; half levels are split between the whole points beside them.
 
     \b
@@ -102,16 +104,17 @@ def evaluate(
         from zscore.matching import match
         from zscore.tables import open_scores
 
-        table = open_scores(scores)
-        ratings = load_ratings(human, table.metadata["rubric"]["dimensions"], layout, column, names)
-        if not ratings.frame.height:
-            typer.echo(f"{human} holds no ratings: nothing to compare")
-            return
+        table = open_scores(scores, allow_mixed=None)
+        dimensions = table.metadata["rubric"]["dimensions"]
+        ratings = load_ratings(human, dimensions, layout, column, names)
         per_sample = aggregated(ratings, aggregation(aggregate))
-        matched = match(
-            table.frame, table.metadata["rubric"]["dimensions"], ratings, per_sample, by=by, allow_missing=allow_missing
-        )
-        found["scores"] = run(matched, table.values, margin=margin, bootstrap=draws)
+        if ratings.frame.height:
+            matched = match(
+                table.frame, dimensions, ratings, per_sample, by=by, allow_missing=allow_missing, source=table.name
+            )
+            found["scores"] = run(matched, table.values, margin=margin, bootstrap=draws)
+        else:
+            typer.echo(plain(f"{human} holds no ratings: nothing to compare"), err=as_json)
     _show(found, as_json=as_json)
 
 
@@ -149,18 +152,18 @@ def _show(found: dict[str, Any], *, as_json: bool) -> None:
 
         typer.echo(json.dumps({name: asdict(result) for name, result in found.items()}, indent=1, allow_nan=False))
         return
-    if "votes" in found:
-        typer.echo(_votes_text(found["votes"]))
-    if "scores" in found:
-        typer.echo(_text(found["scores"]))
+    lines = [*(_votes_lines(found["votes"]) if "votes" in found else [])]
+    lines += _lines(found["scores"]) if "scores" in found else []
+    if lines:
+        typer.echo("\n".join(plain(line) for line in lines))
 
 
-def _votes_text(votes: Gsb) -> str:
+def _votes_lines(votes: Gsb) -> list[str]:
     counts = f"{votes.good:,} good, {votes.same:,} same, {votes.bad:,} bad on {votes.prompts:,} prompts"
-    return f"{counts}\nGSB (eq. 21): {_cell(votes.gsb)}{_reason(votes.gsb)}"
+    return [counts, f"GSB (eq. 21): {_cell(votes.gsb)}{_reason(votes.gsb)}"]
 
 
-def _text(result: Evaluation) -> str:
+def _lines(result: Evaluation) -> list[str]:
     draws: Bootstrap = result.bootstrap
     left_out = f"not in the scores: {result.missing:,}, without a score: {result.unscored:,}"
     intervals = f"{draws.level:.0%} intervals from {draws.replicates:,} draws of prompts (seed {draws.seed})"
@@ -170,21 +173,35 @@ def _text(result: Evaluation) -> str:
         "",
         *table(_rows(result.dimensions)),
     ]
+    notes = _notes(result)
+    return [*lines, *([""] if notes else []), *notes]
+
+
+def _notes(result: Evaluation) -> list[str]:
+    """What the table doesn't say: on what the numbers rest, what was left out, and why a value is missing."""
     notes = [f"{report.dimension}: {report.note}" for report in result.dimensions if report.note]
+    notes += [
+        f"{report.dimension}: {report.left_out:,} samples left out, whose score or distribution isn't finite"
+        for report in result.dimensions
+        if report.left_out
+    ]
     notes += [
         f"{report.dimension}: distributions on the scale {report.scale}"
         + (f"; {report.outside:,} ratings outside it" if report.outside else "")
         for report in result.dimensions
         if report.scale
     ]
-    notes += [
-        f"{report.dimension}, {LABELS[name]}: {estimate.undefined}"
-        for report in result.dimensions
-        for name, estimate in {**report.metrics, **report.distribution}.items()
-        if estimate.undefined
-    ]
+    about: dict[str, list[str]] = {}
+    for report in result.dimensions:
+        for name, estimate in {**report.metrics, **report.distribution}.items():
+            why = estimate.undefined
+            if 0 < estimate.draws < result.bootstrap.replicates:
+                why = f"the interval is from {estimate.draws:,} draws"
+            if why:
+                about.setdefault(f"{LABELS[name]}: {why}", []).append(report.dimension)
+    notes += [f"{', '.join(names)}, {text}" for text, names in about.items()]
     notes += [f"not compared: {name} (no such dimension in the scores; --map {name}=…)" for name in result.not_compared]
-    return "\n".join([*lines, *([""] if notes else []), *notes])
+    return notes
 
 
 def _rows(reports: Sequence[DimensionReport]) -> list[list[str]]:
@@ -192,6 +209,7 @@ def _rows(reports: Sequence[DimensionReport]) -> list[list[str]]:
     for label, field in (
         ("samples", "samples"),
         ("groups", "groups"),
+        ("prompts", "prompts"),
         ("ratings used", "ratings"),
         ("pairs", "pairs"),
         ("pairs over the margin", "margin_pairs"),

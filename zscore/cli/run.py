@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from zscore.cli.render import plain
 from zscore.errors import InterruptedRunError, ZscoreError
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def run(app: typer.Typer) -> int:
             import traceback
 
             traceback.print_exc()
-        sys.stderr.write(f"zscore: {' '.join(str(error).split())}\n")
+        # Names and values out of files stand in messages; none may steer the terminal.
+        sys.stderr.write(f"zscore: {plain(' '.join(str(error).split()))}\n")
         return error.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
