@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zscore.cli.annotate import annotate
 from zscore.cli.calibrate import calibrate
 from zscore.cli.demo import demo
 from zscore.cli.doctor import doctor
@@ -16,6 +17,7 @@ from zscore.cli.reshard import reshard
 from zscore.cli.score import score
 from zscore.cli.select import select
 from zscore.cli.show import show
+from zscore.cli.train import train
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +31,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate,
     "reshard": reshard,
     "report": report,
+    "train": train,
     "demo": demo,
     "doctor": doctor,
+}
+
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
+    "annotations": ("Make what students and teachers learn from.", {"build": annotate}),
 }
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -58,6 +65,11 @@ def build_app() -> typer.Typer:
 
     for name, command in COMMANDS.items():
         app.command(name, context_settings=CONTEXT)(command)
+    for group, (about, commands) in GROUPS.items():
+        part = typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None, context_settings=CONTEXT)
+        for name, command in commands.items():
+            part.command(name, context_settings=CONTEXT)(command)
+        app.add_typer(part, name=group)
     return app
 
 

@@ -1,0 +1,79 @@
+"""How well means of the learned distributions agree with the targets' on prompts that aren't trained on.
+
+The hedging guard watches it: a policy that drifts to the middle of the scale gains in loss and reward while its
+agreement falls, which no training figure shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy import stats
+
+from zscore.agreement import accuracies, count_pairs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from zscore.records import Sample
+    from zscore_trainers.data import Collator
+    from zscore_trainers.policy import ScorePolicy
+
+
+def is_held_out(prompt: str, share: float) -> bool:
+    """Whether a prompt is evaluated on: by its hash, so that the same ones are in every run."""
+    digest = hashlib.sha256(b"held out " + prompt.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+class HeldOut:
+    """Evaluates a policy in the course of training."""
+
+    def __init__(self, collate: Collator, names: Sequence[str], values: Sequence[float], batch: int) -> None:
+        self._collate = collate
+        self._names = names
+        self._values = torch.tensor(values)
+        self._batch = batch
+        train = collate.train
+        self._wanted_ND = train.targets_NDK @ np.asarray(values, np.float32)
+        groups: dict[str, int] = {}
+        self._group_N = np.array([groups.setdefault(_group(sample), len(groups)) for sample in train.samples])
+
+    @torch.no_grad()
+    def __call__(self, policy: ScorePolicy) -> Mapping[str, float]:
+        """PLCC and pair accuracy (HPA) of each dimension and of their mean."""
+        device = next(policy.parameters()).device
+        found = []
+        for start in range(0, len(self._group_N), self._batch):
+            batch, _ = self._collate(range(start, min(start + self._batch, len(self._group_N))))
+            probs_BDK = policy(batch.to(device), with_logprobs=False).score_logits_BDK.softmax(-1)
+            found.append((probs_BDK.cpu() @ self._values).reshape(-1, len(self._names)).numpy())
+        mu_ND = np.concatenate(found)
+        result = {}
+        for column, name in enumerate((*self._names, "overall")):
+            mine, wanted = (_column(values, column) for values in (mu_ND, self._wanted_ND))
+            if np.ptp(mine) > 0 and np.ptp(wanted) > 0:
+                result[f"plcc_{name}"] = float(stats.pearsonr(mine, wanted).statistic)
+            accuracy = _accuracy(mine, wanted, self._group_N)
+            if accuracy is not None:
+                result[f"hpa_{name}"] = accuracy
+        return result
+
+
+def _group(sample: Sample) -> str:
+    return sample.group or sample.prompt
+
+
+def _column(values_ND: NDArray[np.float32], column: int) -> NDArray[np.float64]:
+    chosen = values_ND.mean(1) if column == values_ND.shape[1] else values_ND[:, column]
+    return chosen.astype(np.float64).round(6)
+
+
+def _accuracy(mine_N: NDArray[np.float64], wanted_N: NDArray[np.float64], group_N: NDArray[np.int64]) -> float | None:
+    counts = count_pairs(mine_N, wanted_N, group_N, int(group_N.max()) + 1)
+    return accuracies(counts)[0]["hpa"].value

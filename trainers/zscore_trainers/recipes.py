@@ -1,0 +1,121 @@
+"""Full settings by name, and single settings changed by `key=value`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal
+
+from zscore.errors import UsageError
+from zscore_trainers.engine import EngineConfig
+from zscore_trainers.risd import RisdConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from zscore.rubrics.rubric import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything a run depends on besides its data."""
+
+    rubric: str
+    layout: Layout
+    max_pixels: int
+    min_pixels: int
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights while training."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    held_out: float = 0.05
+    """Share of the prompts that is only evaluated on."""
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(steps=1000))
+    algorithm: RisdConfig = field(default_factory=RisdConfig)
+
+
+def tiny() -> Recipe:
+    """The demo student's: a body of 1.6 M parameters on 96x96 pictures, on a CPU."""
+    return Recipe(
+        rubric="shapes",
+        layout="joint",
+        max_pixels=96 * 96,
+        min_pixels=96 * 96,
+        dtype="float32",
+        engine=EngineConfig(steps=2000, learning_rate=2e-3, warmup=100, evaluate_every=250),
+        algorithm=RisdConfig(batch_size=64, micro_batch=64),
+    )
+
+
+def z_reward_9b() -> Recipe:
+    """A Qwen3.5-9B student on eight GPUs: full weights in bfloat16, 1,024 image tokens."""
+    return Recipe(
+        rubric="z-reward",
+        layout="joint",
+        max_pixels=1024 * 1024,
+        min_pixels=256 * 256,
+        gradient_checkpointing=True,
+        engine=EngineConfig(steps=5000, learning_rate=1e-5, warmup=100, evaluate_every=250, save_every=500),
+        algorithm=RisdConfig(batch_size=128, micro_batch=4),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny, "z-reward-9b": z_reward_9b}
+
+
+def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe with changes like `steps=500` or `layout=separate`.
+
+    Raises:
+        UsageError: no such recipe or setting (names the nearest), or a value of another kind.
+    """
+    if name not in RECIPES:
+        raise UsageError(f"no recipe is called '{name}': {_near(name, RECIPES)}")
+    recipe = RECIPES[name]()
+    for change in changes:
+        key, sign, value = change.partition("=")
+        if not sign:
+            raise UsageError(f"--set '{change}': write KEY=VALUE, like steps=500")
+        recipe = _changed(recipe, key.strip(), value.strip())
+    return recipe
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """All settings by name; no name stands in two parts of a recipe."""
+    parts = (recipe, recipe.engine, recipe.algorithm)
+    return {
+        each.name: getattr(part, each.name)
+        for part in parts
+        for each in dataclasses.fields(part)
+        if each.name not in {"engine", "algorithm"}
+    }
+
+
+def _changed(recipe: Recipe, key: str, text: str) -> Recipe:
+    known = settings(recipe)
+    if key not in known:
+        raise UsageError(f"--set {key}: no such setting: {_near(key, known)}")
+    value = _parsed(key, text, known[key])
+    for name in ("engine", "algorithm"):
+        part = getattr(recipe, name)
+        if any(each.name == key for each in dataclasses.fields(part)):
+            return dataclasses.replace(recipe, **{name: dataclasses.replace(part, **{key: value})})
+    return dataclasses.replace(recipe, **{key: value})
+
+
+def _parsed(key: str, text: str, example: Any) -> Any:
+    """The text as a value of the same kind as the example."""
+    try:
+        if isinstance(example, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(example, tuple):
+            return tuple(float(part) for part in text.split(","))
+        return type(example)(text)
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"--set {key}={text}: a value like {example} is wanted") from error
+
+
+def _near(name: str, known: Any) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"

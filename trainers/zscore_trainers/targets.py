@@ -1,0 +1,79 @@
+"""What samples are trained towards: a teacher's distributions, or people's labels, by shard and number."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+import torch
+
+from zscore.errors import TableError
+from zscore.tables import is_ok, open_scores
+from zscore_trainers.losses import label_targets
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from zscore.rubrics.rubric import Rubric
+
+    Targets = dict[tuple[str, int], NDArray[np.float32]]
+    """(shard, index) → distributions, (D, K)."""
+
+
+def read_targets(source: str, rubric: Rubric, split: str = "train") -> Targets:
+    """Targets of a table: `annotations.parquet` (labels, only those of `split`), or a teacher's scores (all ok rows).
+
+    Raises:
+        TableError: neither; another rubric's scores; labels beyond the scale; nothing in it.
+    """
+    found = _annotations(source)
+    targets = _from_scores(source, rubric) if found is None else _from_labels(found, rubric, split, source)
+    if not targets:
+        raise TableError(f"{source} has no sample to train on{'' if found is None else f' in its {split} split'}")
+    return targets
+
+
+def _annotations(source: str) -> pl.DataFrame | None:
+    """The table, where it is one of annotations."""
+    try:
+        schema = pl.read_parquet_schema(source)
+    except (OSError, pl.exceptions.PolarsError):
+        return None  # open_scores says what is wrong with it
+    return pl.read_parquet(source) if {"shard", "index", "prompt", "split"} <= set(schema) else None
+
+
+def _from_labels(frame: pl.DataFrame, rubric: Rubric, split: str, source: str) -> Targets:
+    missing = [name for name in rubric.names if name not in frame.columns]
+    if missing:
+        raise TableError(f"{source} has no labels of '{missing[0]}', which rubric '{rubric.name}' has")
+    complete = frame.filter(pl.col("split") == split).drop_nulls(rubric.names)
+    labels_ND = torch.from_numpy(complete.select(rubric.names).cast(pl.Float64).to_numpy())
+    try:
+        targets_NDK = label_targets(labels_ND, torch.tensor(rubric.values, dtype=torch.float64))
+    except ValueError as error:
+        raise TableError(f"{source}: {error}: the labels are on another scale than rubric '{rubric.name}'") from error
+    return _keyed(complete, targets_NDK.numpy())
+
+
+def _from_scores(source: str, rubric: Rubric) -> Targets:
+    scores = open_scores(source)
+    if scores.values != rubric.values or scores.dimensions != rubric.names:
+        raise TableError(
+            f"{source} was scored with rubric '{scores.metadata['rubric']['name']}', whose dimensions or levels aren't"
+            f" those of '{rubric.name}'"
+        )
+    columns = [f"{name}_probs" for name in rubric.names]
+    scores.require("shard", "index", *columns)
+    frame = scores.frame.filter(is_ok()).select("shard", "index", *columns).collect()
+    probs_NDK = np.stack([np.array(frame[name].to_list(), dtype=np.float64) for name in columns], 1)
+    if not np.isfinite(probs_NDK).all():
+        raise TableError(f"{source} has distributions that aren't finite: score those rows again")
+    return _keyed(frame, probs_NDK / probs_NDK.sum(-1, keepdims=True))
+
+
+def _keyed(frame: pl.DataFrame, targets_NDK: NDArray[np.float64]) -> Targets:
+    places = zip(frame["shard"].cast(pl.String).to_list(), frame["index"].to_list(), strict=True)
+    return {
+        (shard, int(index)): one.astype(np.float32) for (shard, index), one in zip(places, targets_NDK, strict=True)
+    }

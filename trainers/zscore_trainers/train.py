@@ -1,0 +1,208 @@
+"""One training run: data, model, algorithm and engine, put together from a recipe.
+
+OUT/pictures.bin      the pictures, copied once
+OUT/log.jsonl         a line a step
+OUT/checkpoints/      the last state, to go on from
+OUT/model/            the result, for `zscore score --model OUT/model`
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from zscore.checkpoint import read_checkpoint, weights_hash
+from zscore.errors import ModelError, UsageError
+from zscore.patches import PixelOptions
+from zscore.rubrics.rubric import load_rubric
+from zscore.shards import expand
+from zscore.templates import PromptBuilder
+from zscore_trainers.data import Collator, Order, TrainSet
+from zscore_trainers.engine import Engine
+from zscore_trainers.export import export
+from zscore_trainers.held_out import HeldOut, is_held_out
+from zscore_trainers.pictures import PictureFile, collect
+from zscore_trainers.policy import ScorePolicy
+from zscore_trainers.risd import Risd
+from zscore_trainers.targets import read_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from zscore.checkpoint import Checkpoint
+    from zscore.records import Sample
+    from zscore.rubrics.rubric import Rubric
+    from zscore_trainers.pictures import Place
+    from zscore_trainers.recipes import Recipe
+    from zscore_trainers.targets import Targets
+
+ALGORITHMS = ("sft", "risd")
+"""Both learn distributions at the probes; sft's are people's labels, risd's a teacher's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """What to train on what."""
+
+    algorithm: str
+    data: str
+    """Annotations (sft) or a teacher's scores (risd)."""
+    shards: tuple[str, ...]
+    model: str
+    """Checkpoint to start from: folder or hub id."""
+    out: Path
+    resume: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a run made."""
+
+    model: Path
+    steps: int
+    samples: int
+    held_out: int
+    left_out: int
+    """Samples of the table whose picture or text can't be read, or that the shards don't hold."""
+    metrics: Mapping[str, float]
+    """Agreement on the held-out prompts at the end."""
+
+
+def train(
+    options: TrainOptions,
+    recipe: Recipe,
+    on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+    on_ready: Callable[[int, int], None] | None = None,
+) -> Trained:
+    """Train to the end and export.
+
+    Args:
+        options: what to train on what.
+        recipe: all settings.
+        on_step: called with the number of steps done and what was logged.
+        on_ready: called with the numbers of samples to train on and held out, when the data is there.
+
+    Raises:
+        UsageError, TableError, ModelError: an argument, the data or the checkpoint can't be used; one line each.
+    """
+    if options.algorithm not in ALGORITHMS:
+        raise UsageError(f"no algorithm is called '{options.algorithm}': there are {', '.join(ALGORITHMS)}")
+    checkpoint = read_checkpoint(options.model)
+    rubric = load_rubric(recipe.rubric)
+    targets = read_targets(options.data, rubric)
+    _prepare_folder(options)
+    sets, left_out = _read_sets(options, recipe, targets)
+    pixels = PixelOptions(
+        patch=checkpoint.patch, merge=checkpoint.merge, min_pixels=recipe.min_pixels, max_pixels=recipe.max_pixels
+    )
+    builder = PromptBuilder(
+        checkpoint.path, rubric, recipe.layout, merge=checkpoint.merge, max_tokens=min(checkpoint.max_tokens, 16_384)
+    )
+    torch.manual_seed(recipe.seed)
+    policy = _policy(checkpoint, builder, recipe)
+    with closing(PictureFile(options.out / "pictures.bin")) as pictures:
+        dtype = getattr(torch, recipe.dtype)
+        collators = [Collator.of(one, pictures, checkpoint, builder, pixels, dtype=dtype) for one in sets if one]
+        if on_ready is not None:
+            on_ready(len(collators[0].train.samples), len(collators[1].train.samples) if len(collators) > 1 else 0)
+        evaluate = None
+        if len(collators) > 1:
+            evaluate = HeldOut(collators[1], rubric.names, rubric.values, recipe.algorithm.micro_batch)
+        order = Order(len(collators[0].train.samples), recipe.algorithm.batch_size, recipe.seed)
+        algorithm = Risd(recipe.algorithm, order, collators[0])
+        engine = Engine(policy, algorithm, recipe.engine, options.out, _settings(options, recipe, rubric, collators))
+        if options.resume:
+            engine.resume()
+        engine.run(on_step, evaluate)
+        metrics = _final(policy, evaluate)
+    said = f"{options.algorithm} on {len(collators[0].train.samples):,} samples for {engine.step:,} steps"
+    model = export(policy, checkpoint.path, options.out / "model", recipe, trained=said)
+    held_out = len(collators[1].train.samples) if len(collators) > 1 else 0
+    return Trained(model, engine.step, len(collators[0].train.samples), held_out, left_out, metrics)
+
+
+def _prepare_folder(options: TrainOptions) -> None:
+    there = options.out / "log.jsonl"
+    if there.exists() and not options.resume:
+        raise UsageError(f"{options.out} holds a run already: give --resume to go on with it, or another --out")
+    options.out.mkdir(parents=True, exist_ok=True)
+
+
+def _read_sets(options: TrainOptions, recipe: Recipe, targets: Targets) -> tuple[tuple[TrainSet, TrainSet | None], int]:
+    """What to train on, what is held out, and how many samples of the table are in neither."""
+
+    def wants(sample: Sample) -> bool:
+        return (sample.shard, sample.index) in targets
+
+    found = collect(expand(options.shards), options.out / "pictures.bin", wants)
+    good = [(sample, place) for sample, place in found if sample.failure is None]
+    if not good:
+        raise UsageError(f"none of the {len(targets):,} samples of {options.data} is in the shards: are they the same?")
+    held = [pair for pair in good if is_held_out(pair[0].prompt, recipe.held_out)]
+    rest = [pair for pair in good if not is_held_out(pair[0].prompt, recipe.held_out)]
+    if not rest:
+        raise UsageError(f"all {len(good)} samples are held out: lower held_out (now {recipe.held_out})")
+    return (_train_set(rest, targets), _train_set(held, targets) if held else None), len(targets) - len(good)
+
+
+def _train_set(pairs: Sequence[tuple[Sample, Place]], targets: Targets) -> TrainSet:
+    samples = [sample for sample, _ in pairs]
+    return TrainSet(
+        samples, [place for _, place in pairs], np.stack([targets[sample.shard, sample.index] for sample in samples])
+    )
+
+
+def _policy(checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe) -> ScorePolicy:
+    import transformers
+
+    from zscore._torchvision import ensure_importable
+
+    ensure_importable()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            checkpoint.path,
+            dtype=getattr(torch, recipe.dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except Exception as error:  # safetensors, tokenizers and hub errors share no base
+        raise ModelError(
+            f"transformers can't load {checkpoint.id}: {next(iter(str(error).splitlines()), '')}"
+        ) from error
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ScorePolicy(model, builder.level_ids).to(device)
+
+
+def _settings(
+    options: TrainOptions, recipe: Recipe, rubric: Rubric, collators: Sequence[Collator]
+) -> Mapping[str, Any]:
+    """All that a checkpoint must share with the run that goes on from it."""
+    rows = hashlib.sha256()
+    for collate in collators:
+        rows.update(collate.train.targets_NDK.tobytes())
+        rows.update("\n".join(f"{one.shard} {one.index}" for one in collate.train.samples).encode())
+    return {
+        "algorithm": options.algorithm,
+        "recipe": asdict(replace(recipe, engine=recipe.engine)),
+        "rubric_hash": rubric.hash,
+        "model": weights_hash(read_checkpoint(options.model).path),
+        "data": rows.hexdigest(),
+    }
+
+
+def _final(policy: ScorePolicy, evaluate: HeldOut | None) -> Mapping[str, float]:
+    if evaluate is None:
+        return {}
+    policy.eval()
+    return evaluate(policy)

@@ -1,0 +1,79 @@
+"""`zscore train`: a student from people's labels or from a teacher's distributions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from rich.console import Console
+
+
+def train(
+    algorithm: Annotated[
+        str, typer.Argument(metavar="ALGORITHM", help="sft (people's labels) or risd (a teacher's distributions).")
+    ],
+    shards: Annotated[list[str], typer.Argument(metavar="SHARDS...", help="Shards with the pictures.")],
+    data: Annotated[
+        str, typer.Option(help="sft: annotations.parquet; risd: the teacher's scores.parquet.", metavar="TABLE")
+    ],
+    model: Annotated[str, typer.Option(help="Checkpoint to start from: a folder or a hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
+    recipe: Annotated[str, typer.Option(help="All settings by one name: tiny, z-reward-9b.")] = "z-reward-9b",
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
+) -> None:
+    r"""Train a student that gives score distributions at once, in the layout that it is served in.
+
+    \b
+    Examples:
+      zscore annotations build ratings.csv shards/ --out annotated/
+      zscore train sft shards/ --data annotated/annotations.parquet --model Qwen/Qwen3.5-9B --out run/
+      zscore train risd shards/ --data teacher.parquet --model Qwen/Qwen3.5-9B --out run/ --set learning_rate=2e-5
+      zscore score shards/ --model run/model --out scores.parquet
+
+    \b
+    A run that was interrupted goes on with --resume as if it hadn't been. Prompts are held out by their hash
+    (held_out, 5 %) and evaluated on as the run goes: PLCC, and the share of same-prompt pairs in the right order.
+    """
+    from rich.console import Console
+
+    from zscore_trainers.recipes import load_recipe
+    from zscore_trainers.train import TrainOptions
+    from zscore_trainers.train import train as run
+
+    console = Console(stderr=True)
+    chosen = load_recipe(recipe, changes or [])
+    options = TrainOptions(algorithm=algorithm, data=data, shards=tuple(shards), model=model, out=out, resume=resume)
+    show = None if quiet else _shown(console, chosen.engine.steps)
+    made = run(options, chosen, show, None if quiet else lambda some, held: console.print(_about(some, held)))
+    for name, value in made.metrics.items():
+        typer.echo(f"{name:<20} {value:.3f}")
+    if made.left_out:
+        typer.echo(f"{made.left_out:,} samples of {data} have no readable picture and prompt in the shards")
+    typer.echo(f"{made.steps:,} steps on {made.samples:,} samples: {made.model}")
+
+
+def _about(samples: int, held_out: int) -> str:
+    return f"training on {samples:,} samples, evaluating on {held_out:,} of other prompts"
+
+
+def _shown(console: Console, steps: int) -> Callable[[int, Mapping[str, float]], None]:
+    """Prints a line now and then: the first steps, then each hundredth of the run, and whatever was evaluated."""
+
+    def show(step: int, found: Mapping[str, float]) -> None:
+        evaluated = any(name.startswith(("plcc", "hpa")) for name in found)
+        if step > 3 and step % max(1, steps // 100) and not evaluated:
+            return
+        words = [f"step {step:,}/{steps:,}"]
+        words += [f"{name} {value:.4g}" for name, value in found.items() if name != "learning_rate"]
+        console.print("  ".join(words), highlight=False, soft_wrap=True)
+
+    return show
