@@ -34,7 +34,7 @@ from zscore.criteria import FilterOptions
 from zscore.errors import TableError, UsageError
 from zscore.expressions import parse_bounds, parse_probability
 from zscore.filters import FilterTargets, decide, filter_scores
-from zscore.tables import Scores, open_scores
+from zscore.tables import ROW, Scores, open_scores
 
 # Few distinct values, so that ties are common; NaN now and then.
 means = st.sampled_from([1.0, 2.5, 3.0, 3.7, 4.0, math.nan])
@@ -446,6 +446,23 @@ class TestUids:
         assert np.load(tmp_path / "kept.npy").shape == (0,)
 
 
+MADE_FOR = {"rubric": {"hash": two().hash}, "model": {"id": "made-up", "weights": "0" * 64}}
+
+
+def scored_frame(score_ND: np.ndarray) -> pl.DataFrame:
+    """A table of the rubric `two` with these means; no more columns than bounds on means need."""
+    frame = pl.DataFrame(score_ND, schema=list(two().names)).with_row_index("index")
+    return frame.with_columns(
+        shard=pl.lit("s"), status=pl.lit("ok"), overall=pl.mean_horizontal(two().names).cast(pl.Float32)
+    )
+
+
+def in_memory(frame: pl.DataFrame) -> Scores:
+    """As if it had been opened from a file."""
+    numbered = frame.lazy().with_row_index(ROW)
+    return Scores(frame.lazy(), frame.schema, metadata_of([], two()), ("s.parquet",), frame.height, numbered)
+
+
 class TestCalibrated:
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
@@ -486,6 +503,46 @@ class TestCalibrated:
         assert summary.dropped["confidence:overall"] == (~mask).sum()
         with pytest.raises(UsageError, match="--confidence needs --min"):
             decide(opened(path), FilterOptions(calibration=calibration, confidence=0.8))
+
+    @pytest.mark.parametrize(
+        ("beside", "said"),
+        [
+            ({"minimum": {"alignment": 3, "overall": 3}}, "for one --min, not for alignment and overall together"),
+            ({"maximum": {"overall": 5}}, "--max"),
+            ({"maximum": {"overall": 0.0}}, "--max"),
+            ({"prob": (parse_probability("realism>=3:0.5"),)}, "--prob"),
+            ({"max_std": {"overall": 2.0}}, "--max-std"),
+            ({"where": "width >= 64"}, "--where"),
+            ({"where": ""}, "--where"),
+            ({"dedupe": True}, "--dedupe"),
+            ({"fraction": 0.5}, "--fraction"),
+            ({"fraction": 0.0}, "--fraction"),
+        ],
+    )
+    def test_confidence_stands_alone(self, path: Path, calibration: Calibration, beside, said: str) -> None:
+        options = {"minimum": {"overall": 3}, "calibration": calibration, "confidence": 0.8} | beside
+        with pytest.raises(UsageError) as raised:
+            decide(opened(path), FilterOptions(**options))
+        assert said in str(raised.value)
+        assert "--confidence 0.8 holds for" in str(raised.value)
+
+    @pytest.mark.parametrize(("column", "noise"), [("overall", 0.6), ("left", 1.0)])
+    def test_the_promise_holds_over_many_draws(self, column: str, noise: float) -> None:
+        """Of what `filter` keeps at --confidence 0.9, over 600 draws of ratings and scores, 10 % are bad on average."""
+        random, false_shares, kept_shares = np.random.default_rng(5), [], []
+        for _ in range(600):
+            truth = np.clip(np.round(random.normal(3.0, 0.8, (350, 2)) * 2) / 2, 1, 4)
+            score = (truth + random.normal(0, noise, truth.shape)).astype(np.float32)
+            human = {"left": truth[:, 0], "right": truth[:, 1], "overall": truth.mean(axis=1)}[column]
+            frame = scored_frame(score)
+            reference = Reference(tuple(frame[column][:150].cast(pl.Float64).round(9)), tuple(human[:150]))
+            calibration = Calibration(two().values, two().names, {}, {column: reference}, MADE_FOR)
+            options = FilterOptions(minimum={column: 3.0}, calibration=calibration, confidence=0.9)
+            kept = decide(in_memory(frame[150:]), options).code_N == 0
+            false_shares.append((human[150:][kept] < 3.0).mean() if kept.any() else 0.0)
+            kept_shares.append(kept.mean())
+        assert np.mean(false_shares) <= 0.1 + 2 * np.std(false_shares) / np.sqrt(600)
+        assert np.mean(kept_shares) > 0.1  # not by keeping nothing
 
     def test_a_calibration_of_another_model_is_refused(self, tmp_path: Path, calibration: Calibration) -> None:
         path = write_scores(tmp_path / "o.parquet", [row()], model={"id": "other", "weights": "1"})

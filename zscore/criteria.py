@@ -44,7 +44,42 @@ class FilterOptions:
     calibration: Calibration | None = None
     """Decide by calibrated scores (what is written stays as it was)."""
     confidence: float | None = None
-    """Turn every minimum into the conformal threshold of `zscore.calibration`."""
+    """Turn the one minimum into the conformal threshold of `zscore.calibration`; nothing else may decide then."""
+
+    def check(self) -> None:
+        """Refuse options that go together in no table.
+
+        Raises:
+            UsageError: a confidence without what it needs, or beside what would break its promise.
+        """
+        if self.confidence is not None:
+            self._check_promise(self.confidence)
+
+    def _check_promise(self, confidence: float) -> None:
+        """The promise is about all rows that reach one minimum: a part of them may hold all the bad ones."""
+        if self.calibration is None:
+            raise UsageError("--confidence needs --calibration: make one with `zscore calibrate`")
+        if not self.minimum:
+            raise UsageError("--confidence needs --min: the score that kept pictures are to have")
+        if len(self.minimum) > 1:
+            raise UsageError(
+                f"--confidence {confidence:g} holds for one --min, not for {' and '.join(self.minimum)} together:"
+                " run it once for each, or calibrate and filter on overall"
+            )
+        beside = {
+            "--max": bool(self.maximum),
+            "--prob": bool(self.prob),
+            "--max-std": bool(self.max_std),
+            "--where": self.where is not None,
+            "--dedupe": self.dedupe,
+            "--fraction": self.fraction is not None,
+        }
+        for option, is_given in beside.items():
+            if is_given:
+                raise UsageError(
+                    f"--confidence {confidence:g} holds for --min alone, what {option} leaves of it may be worse:"
+                    f" run `zscore filter` with {option} on the kept file, a set without a promise"
+                )
 
     def described(self) -> dict[str, object]:
         """The criteria that are set, for the metadata."""
@@ -76,7 +111,12 @@ class Criterion:
 def row_criteria(
     scores: Scores, frame: pl.LazyFrame, options: FilterOptions, ranking: ScoreExpression | None
 ) -> list[Criterion]:
-    """All row-wise criteria in the order of their reasons."""
+    """All row-wise criteria in the order of their reasons.
+
+    Raises:
+        UsageError: an option that names what isn't there, or can't hold.
+        TableError: a column is missing.
+    """
     minimum = _minimum(scores, frame, options)
     found = [*minimum, *_maximum(scores, options), *_probabilities(scores, options), *_stds(scores, options)]
     if options.where is not None:
@@ -98,10 +138,7 @@ def _minimum(scores: Scores, frame: pl.LazyFrame, options: FilterOptions) -> lis
             Criterion(f"min:{name}", pl.col(scores.check_score(name, "--min")) >= _float32(bound), (name,))
             for name, bound in options.minimum.items()
         ]
-    if options.calibration is None:
-        raise UsageError("--confidence needs --calibration: make one with `zscore calibrate`")
-    if not options.minimum:
-        raise UsageError("--confidence needs --min: the score that kept pictures are to have")
+    assert options.calibration is not None
     from zscore.calibration import confident_threshold  # scipy's 0.3 s are for those who use it
     from zscore.human import DECIMALS
 

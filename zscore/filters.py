@@ -205,6 +205,7 @@ def decide(scores: Scores, options: FilterOptions) -> Decision:
         UsageError: an option that names what isn't there, or can't hold.
         TableError: a column is missing, or the table can't be read.
     """
+    options.check()
     scores.require("status", "shard", "index")
     frame = _decided_by(scores, options)
     ranking = _ranking(scores, options)
