@@ -12,13 +12,14 @@ from zscore.table_output import fetch
 from zscore.tables import OVERALL, is_ok, known
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from zscore.calibration import Calibration
     from zscore.expressions import Probability, ScoreExpression
     from zscore.tables import Scores
 
-# float32 probabilities sum to 1 within a few 1e-7; asking for a share of 1 must be possible.
+# float32 probabilities sum to 1 within a few 1e-7; asking for a share of 1 must be possible. It is a part of what is
+# asked for: no share at all is never enough.
 SLACK = 1e-6
 
 
@@ -106,6 +107,8 @@ class Criterion:
     passes: pl.Expr
     columns: tuple[str, ...] = ()
     """Scores that it reads; they must be finite."""
+    nullable: tuple[str, ...] = ()
+    """Columns of floats that may also be null."""
 
 
 def row_criteria(
@@ -120,16 +123,26 @@ def row_criteria(
     minimum = _minimum(scores, frame, options)
     found = [*minimum, *_maximum(scores, options), *_probabilities(scores, options), *_stds(scores, options)]
     if options.where is not None:
-        found.append(Criterion("where", _where(scores, frame, options.where)))
+        found.append(_where(scores, frame, options.where))
     if options.dedupe:
         scores.require("sha256")
+    finite = _finite(scores, found, ranking)
+    return [*([Criterion("nonfinite_score", pl.all_horizontal(finite))] if finite else []), *found]
+
+
+def _finite(scores: Scores, found: Sequence[Criterion], ranking: ScoreExpression | None) -> list[pl.Expr]:
+    """Whether what decides is a number; where no criterion reads a score, `overall` must be one."""
     read = {name: None for criterion in found for name in criterion.columns}
     read |= dict.fromkeys(ranking.columns() if ranking else ())
-    if not read and OVERALL in scores.schema:
+    nullable = {name for criterion in found for name in criterion.nullable}
+    if not read and OVERALL in scores.schema and OVERALL not in nullable:
         read = {OVERALL: None}
     scores.require(*read)
     finite = [pl.col(name).is_finite().fill_null(value=False) for name in read]
-    return [*([Criterion("nonfinite_score", pl.all_horizontal(finite))] if finite else []), *found]
+    finite += [pl.col(name).is_finite().fill_null(value=True) for name in sorted(nullable - set(read))]
+    if ranking is not None:
+        finite.append(ranking.exact().is_finite().fill_null(value=False))
+    return finite
 
 
 def _minimum(scores: Scores, frame: pl.LazyFrame, options: FilterOptions) -> list[Criterion]:
@@ -166,12 +179,12 @@ def _float32(value: float) -> pl.Expr:
 
 
 def _stds(scores: Scores, options: FilterOptions) -> list[Criterion]:
-    found = {}
+    found = []
     for name, bound in options.max_std.items():
         for dimension in scores.dimensions if name == OVERALL else [name]:
             column = f"{scores.check_score(dimension, '--max-std', overall=False)}_std"
-            found[column] = Criterion(f"max_std:{dimension}", pl.col(column) <= _float32(bound), (column,))
-    return list(found.values())
+            found.append(Criterion(f"max_std:{dimension}", pl.col(column) <= _float32(bound), (column,)))
+    return found
 
 
 def _probabilities(scores: Scores, options: FilterOptions) -> list[Criterion]:
@@ -187,7 +200,7 @@ def _probabilities(scores: Scores, options: FilterOptions) -> list[Criterion]:
                 f" they go from {scores.values[0]:g} to {scores.values[-1]:g}"
             )
         share = pl.sum_horizontal(level(scores, column, k).cast(pl.Float64) for k in wanted.levels(scores.values))
-        passes = (share.is_finite() & (share >= wanted.minimum - SLACK)).fill_null(value=False)
+        passes = (share.is_finite() & (share >= wanted.minimum * (1 - SLACK))).fill_null(value=False)
         found.append(Criterion(f"prob:{wanted.dimension}", passes, (wanted.dimension,)))
     return found
 
@@ -199,19 +212,24 @@ def level(scores: Scores, column: str, k: int) -> pl.Expr:
     return pl.col(column).list.get(k, null_on_oob=True)
 
 
-def _where(scores: Scores, frame: pl.LazyFrame, text: str) -> pl.Expr:
+def _where(scores: Scores, frame: pl.LazyFrame, text: str) -> Criterion:
     """The SQL expression, null as false.
+
+    For polars NaN is larger than every number, so a row with NaN in a column that is read takes no part; where the
+    expression itself makes one of numbers (`0.0 / 0`), polars' order holds.
 
     Raises:
         UsageError: it can't be parsed, names no column, or isn't a condition.
     """
     try:
         condition = pl.sql_expr(text)
-        for name in condition.meta.root_names():
+        names = list(dict.fromkeys(condition.meta.root_names()))
+        for name in names:
             known(name, list(scores.schema), f"--where '{text}'", "column")
         kind = frame.head(0).select(condition).collect().dtypes[0]  # some errors show only when it runs
     except pl.exceptions.PolarsError as error:
         raise UsageError(f"--where '{text}': {str(error).splitlines()[0]}") from error
     if kind != pl.Boolean:
         raise UsageError(f"--where '{text}' is a {kind}, not a condition: write something like 'width >= 512'")
-    return condition.fill_null(value=False)
+    floats = tuple(name for name in names if scores.schema[name].is_float())
+    return Criterion("where", condition.fill_null(value=False), nullable=floats)

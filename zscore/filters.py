@@ -3,7 +3,8 @@
 The reasons, in the order in which they are looked for; a row is dropped for the first that applies:
 
     <status>               it has no scores: bad_image, missing_prompt, …
-    nonfinite_score        NaN, infinity or nothing in a column that a criterion reads
+    nonfinite_score        NaN, infinity or nothing in a score that a criterion reads, or as the score that is ranked;
+                           in what `where` reads NaN and infinity, for there null can be asked for
     min:NAME, max:NAME     `overall` or a dimension is beyond its bound
     prob:NAME              too little of the distribution lies where it should
     max_std:NAME           the distribution is too wide
@@ -12,7 +13,7 @@ The reasons, in the order in which they are looked for; a row is dropped for the
     fraction               the best of what is left are others
 
 Two passes, both streamed: the first reads only the columns that decide and leaves a byte a row, the second copies the
-rows that are kept. Memory beyond that byte grows with the rows only for `fraction` (4 bytes) and `dedupe` (8 bytes).
+rows that are kept. Memory beyond that byte grows with the rows only for `fraction` (8 bytes) and `dedupe` (8 bytes).
 """
 
 from __future__ import annotations
@@ -252,7 +253,7 @@ def _columns(criteria: Sequence[Criterion], options: FilterOptions, ranking: Sco
     if options.dedupe:
         columns.append(pl.col("sha256").hash().alias("picture"))
     if ranking is not None:
-        columns.append(ranking.expr().alias("rank"))
+        columns.append(ranking.exact().alias("rank"))
     return columns
 
 
@@ -295,7 +296,10 @@ def _beyond_fraction(scores: Scores, rank: pl.Series, passing: Mask, fraction: f
 def _count(scores: Scores, code_N: NDArray[np.uint8], reasons: Sequence[str]) -> dict[str, int]:
     """Dropped rows by reason; those without scores by their status."""
     counts = np.bincount(code_N, minlength=256)
-    found = {reason: int(counts[number]) for number, reason in enumerate(reasons, 1) if counts[number]}
+    found: dict[str, int] = {}
+    for number, reason in enumerate(reasons, 1):  # two criteria may share a reason
+        if counts[number]:
+            found[reason] = found.get(reason, 0) + int(counts[number])
     if counts[NOT_OK]:
         found |= failures(scores)
     return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
