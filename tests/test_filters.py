@@ -658,6 +658,24 @@ class TestCalibrated:
         assert np.mean(false_shares) <= 0.1 + 2 * np.std(false_shares) / np.sqrt(600)
         assert np.mean(kept_shares) > 0.1  # not by keeping nothing
 
+    @pytest.mark.parametrize(
+        ("minimum", "confidence", "said"),
+        [
+            (2, 0.999, "the calibration has 60 ratings of overall, --confidence 0.999 needs at least 999"),
+            (2, 0.98361, "the calibration has 60 ratings of overall, --confidence 0.98361 needs at least 61"),
+            (4.9, 0.98, "2 of 200 pictures have overall above 3.994, the highest of those that people rated below 4.9"),
+            (4.9, 0.98, "with 60 ratings --confidence 0.98 asks for 164 there"),
+        ],
+    )
+    def test_why_a_confidence_keeps_nothing(
+        self, path: Path, calibration: Calibration, minimum, confidence, said: str
+    ) -> None:
+        options = FilterOptions(minimum={"overall": minimum}, calibration=calibration, confidence=confidence)
+        summary, kept = run(path, options)
+        assert kept == []
+        assert said in summary.hint
+        assert "--min asks for" not in summary.hint
+
     def test_a_calibration_of_another_model_is_refused(self, tmp_path: Path, calibration: Calibration) -> None:
         path = write_scores(tmp_path / "o.parquet", [row()], model={"id": "other", "weights": "1"})
         with pytest.raises(TableError, match="calibrate anew"):
@@ -736,6 +754,26 @@ class TestCommand:
         assert read_rows(here / "kept.parquet") == []
         assert zscore("filter", "kept.parquet", "--out", "again.parquet") == 0
         assert "kept.parquet has no rows" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--min", 1, "--where", "FALSE"], "nothing is kept\n"),
+            (["--min", 1, "--max", "realism=0.5"], "nothing is kept: the lowest realism is"),
+            (["--min", "realism=1", "--max", "realism=5", "--prob", "alignment>=1:0.1", "--where", "key = ''"], "kept\n"),
+        ],
+    )
+    def test_a_bound_that_is_reached_is_not_to_blame(self, here: Path, capsys, arguments, said: str) -> None:
+        assert zscore("filter", *arguments) == 0
+        assert said in capsys.readouterr().out
+
+    @pytest.mark.parametrize("value", [3.7, 4.1])
+    def test_the_best_that_equals_the_bound_is_not_to_blame(self, here: Path, capsys, value: float) -> None:
+        write_scores(here / "one.parquet", [row(0, means=value), row(1, means=math.inf)])
+        assert zscore("filter", "one.parquet", "--min", value, "--max", value, "--where", "FALSE") == 0
+        assert "nothing is kept\n" in capsys.readouterr().out
+        assert zscore("filter", "one.parquet", "--min", 4.5) == 0
+        assert f"nothing is kept: the highest overall is {value}, --min asks for 4.5\n" in capsys.readouterr().out
 
     def test_all_rows_failed(self, here: Path, capsys) -> None:
         write_scores(here / "bad.parquet", [row(0, status="bad_image")])

@@ -18,6 +18,7 @@ rows that are kept. Memory beyond that byte grows with the rows only for `fracti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from functools import reduce
@@ -183,19 +184,52 @@ def write_uids(scores: Scores, kept: pl.LazyFrame, stream: IO[bytes]) -> None:
 
 
 def _why_empty(scores: Scores, options: FilterOptions, decision: Decision) -> str:
-    """What the table offers where nothing is kept: the best against --min, the least against --max."""
+    """Where nothing is kept: which bound the table doesn't reach, if one alone is to blame."""
     if decision.kept or not decision.rows:
         return "" if decision.rows else f"{scores.name} has no rows"
-    asked = [("highest", "--min", name, bound, pl.col(name).max()) for name, bound in options.minimum.items()]
-    asked += [("lowest", "--max", name, bound, pl.col(name).min()) for name, bound in options.maximum.items()]
+    if options.confidence is not None:
+        return _why_unsure(scores, options, options.confidence)
+    asked = [("highest", "--min", name, bound) for name, bound in options.minimum.items()]
+    asked += [("lowest", "--max", name, bound) for name, bound in options.maximum.items()]
     if not asked:
         return ""
+    numbers = {name: pl.col(name).filter(pl.col(name).is_finite()) for _, _, name, _ in asked}
+    ends = [numbers[name].max() if end == "highest" else numbers[name].min() for end, _, name, _ in asked]
     scored = _decided_by(scores, options).filter(is_ok())
-    found = fetch(scored.select(end.alias(f"{option} {name}") for _, option, name, _, end in asked), scores.name).row(0)
+    found = fetch(scored.select(end.alias(str(place)) for place, end in enumerate(ends)), scores.name).row(0)
     return "; ".join(
         f"the {end} {name} is {value:.4g}, {option} asks for {bound:g}"
-        for (end, option, name, bound, _), value in zip(asked, found, strict=True)
-        if value is not None
+        for (end, option, name, bound), value in zip(asked, found, strict=True)
+        if value is not None and _is_beyond(value, np.float32(bound), end)
+    )
+
+
+def _is_beyond(value: float, bound: np.float32, end: str) -> bool:
+    """Whether the best of a column misses the bound, compared as the criteria do."""
+    return bool(np.float32(value) < bound if end == "highest" else np.float32(value) > bound)
+
+
+def _why_unsure(scores: Scores, options: FilterOptions, confidence: float) -> str:
+    """What a confidence lacks: ratings, or scores above those of the pictures that people rated below the minimum."""
+    from zscore.human import DECIMALS
+
+    assert options.calibration is not None
+    ((name, bound),) = options.minimum.items()
+    reference, share = options.calibration.references[name], round(1 - confidence, 12)
+    ratings, needed = len(reference.human), math.ceil(round(1 / share, 6)) - 1
+    if ratings < needed:
+        return f"the calibration has {ratings} ratings of {name}, --confidence {confidence:g} needs at least {needed}"
+    rated = zip(reference.score, reference.human, strict=True)
+    threshold = max((score for score, human in rated if round(human, DECIMALS) < bound), default=-math.inf)
+    scored = _decided_by(scores, options).filter(is_ok() & pl.col(name).is_finite())
+    counts = scored.select(pl.len().alias("all"), (pl.col(name) > threshold).sum().alias("above"))
+    total, above = fetch(counts, scores.name).row(0)
+    if not total:
+        return ""
+    return (
+        f"{above} of {total} pictures have {name} above {threshold:.4g}, the highest of those that people rated below"
+        f" {bound:g}; with {ratings} ratings --confidence {confidence:g} asks for"
+        f" {math.ceil(round(total / ((ratings + 1) * share), 6))} there"
     )
 
 
