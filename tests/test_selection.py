@@ -404,6 +404,14 @@ class TestPairs:
         with pytest.raises(UsageError, match=said.replace("(", r"\(")):
             run(path, SelectOptions(score=score, pairs=PairOptions(**options)), pairs=str(tmp_path / "p.parquet"))
 
+    def test_pairs_need_a_file_and_a_file_needs_pairs(self, tmp_path: Path) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row()])
+        with pytest.raises(UsageError, match="give --pairs FILE too"):
+            run(path, SelectOptions(pairs=PairOptions()))
+        with pytest.raises(UsageError, match="--pairs .*p.parquet: no pairs are asked for"):
+            run(path, SelectOptions(), pairs=str(tmp_path / "p.parquet"))
+        assert [one.name for one in tmp_path.iterdir()] == ["s.parquet"]
+
     def test_distributions_are_needed(self, tmp_path: Path) -> None:
         path = write_scores(tmp_path / "s.parquet", [row()])
         zscore(
@@ -650,6 +658,10 @@ class TestCommand:
             (["--risk", "-1"], 2, "zscore: --risk -1: give 0 or more"),
             (["--risk", "nan"], 2, "zscore: --risk nan: give 0 or more"),
             (["--out", "scores.parquet"], 2, "is the table that is read"),
+            (["--min-gap", "0.5"], 2, "zscore: --min-gap and --max-pairs say which pairs are taken: give --pairs FILE"),
+            (["--max-pairs", "1"], 2, "give --pairs FILE too"),
+            (["--pairs", "p.parquet", "--min-gap", "nan"], 2, "zscore: --min-gap nan: give 0 or more"),
+            (["--pairs", "p.parquet", "--min-gap", "inf"], 2, "zscore: --min-gap inf: give 0 or more"),
             (["--pairs", "best.parquet"], 2, "--pairs and --out name the same file"),
         ],
     )

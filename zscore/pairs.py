@@ -84,7 +84,7 @@ class PairOptions:
             UsageError: a bound that can't hold, or a score whose distribution isn't known.
             TableError: a column that pairs need is missing.
         """
-        if self.min_gap < 0:
+        if not 0 <= self.min_gap < float("inf"):
             raise UsageError(f"--min-gap {self.min_gap:g}: give 0 or more")
         if self.max_pairs is not None and self.max_pairs < 1:
             raise UsageError(f"--max-pairs {self.max_pairs}: give 1 or more")

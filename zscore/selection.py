@@ -101,14 +101,7 @@ def select(scores: Scores, options: SelectOptions, targets: SelectTargets, *, dr
         TableError: a table that can't be read or lacks a column.
         OutputError: an output can't be written.
     """
-    check_targets(scores.files, {"--out": targets.best, "--pairs": targets.pairs, "--stats": targets.statistics})
-    if options.best < 1:
-        raise UsageError(f"--best {options.best}: keep at least 1 of each group")
-    if not 0 <= options.risk < float("inf"):
-        raise UsageError(f"--risk {options.risk:g}: give 0 or more; 1 ranks by mean − std")
-    expression = ScoreExpression(options.score, scores.dimensions)
-    if options.pairs is not None:
-        options.pairs.check(scores, expression)
+    expression = _check(scores, options, targets)
     found = candidates(scores, options, expression)
     pairs = choose_pairs(found.ranking, options.pairs) if options.pairs is not None else None
     summary = SelectSummary(
@@ -128,6 +121,23 @@ def select(scores: Scores, options: SelectOptions, targets: SelectTargets, *, dr
             if statistics_stream is not None:
                 write_statistics(scores, options.by, found.ranking, statistics_stream, metadata)
     return summary
+
+
+def _check(scores: Scores, options: SelectOptions, targets: SelectTargets) -> ScoreExpression:
+    """The score, once nothing is left that can't hold."""
+    check_targets(scores.files, {"--out": targets.best, "--pairs": targets.pairs, "--stats": targets.statistics})
+    if options.best < 1:
+        raise UsageError(f"--best {options.best}: keep at least 1 of each group")
+    if not 0 <= options.risk < float("inf"):
+        raise UsageError(f"--risk {options.risk:g}: give 0 or more; 1 ranks by mean − std")
+    if options.pairs is not None and targets.pairs is None:
+        raise UsageError("--min-gap and --max-pairs say which pairs are taken: give --pairs FILE too")
+    if options.pairs is None and targets.pairs is not None:
+        raise UsageError(f"--pairs {targets.pairs}: no pairs are asked for; set SelectOptions.pairs")
+    expression = ScoreExpression(options.score, scores.dimensions)
+    if options.pairs is not None:
+        options.pairs.check(scores, expression)
+    return expression
 
 
 def candidates(scores: Scores, options: SelectOptions, expression: ScoreExpression) -> Candidates:

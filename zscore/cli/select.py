@@ -28,10 +28,13 @@ def select(
     risk: Annotated[float, typer.Option(help="Rank by mean - risk * std instead of the mean.")] = 0.0,
     out: Annotated[str, typer.Option(help="The best rows; replaced if it exists.")] = "best.parquet",
     pairs: Annotated[str | None, typer.Option(help="Also write preference pairs for DPO training.")] = None,
-    min_gap: Annotated[float, typer.Option(help="Least difference of scores in a pair.")] = 0.0,
+    min_gap: Annotated[
+        float | None, typer.Option(help="Least difference of scores in a pair.", show_default="0")
+    ] = None,
     max_pairs: Annotated[
-        int, typer.Option(min=0, help="Pairs per group, the widest gaps first; 0 takes all that differ.")
-    ] = 1,
+        int | None,
+        typer.Option(min=0, help="Pairs per group, the widest gaps first; 0 takes all that differ.", show_default="1"),
+    ] = None,
     stats: Annotated[str | None, typer.Option(help="Also write a row per group: candidates, best, mean, gain.")] = None,
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Take files that were scored with different rubrics or models.")
@@ -70,7 +73,9 @@ def select(
         by=by,
         score=score,
         risk=risk,
-        pairs=PairOptions(min_gap=min_gap, max_pairs=max_pairs or None) if pairs is not None else None,
+        pairs=PairOptions(min_gap=min_gap or 0.0, max_pairs=1 if max_pairs is None else max_pairs or None)
+        if any(option is not None for option in (pairs, min_gap, max_pairs))
+        else None,
     )
     targets = SelectTargets(best=out, pairs=pairs, statistics=stats)
     table = open_scores(*(scores or ["scores.parquet"]), allow_mixed=allow_mixed)
