@@ -103,7 +103,7 @@ def criteria(draw):
         "where": draw(st.sampled_from([None, None, *WHERE])),
         "dedupe": draw(st.booleans()),
         "fraction": fraction,
-        "score": draw(st.sampled_from(list(RANKED))) if fraction is not None else "overall",
+        "score": draw(st.sampled_from(list(RANKED))) if fraction is not None else None,
     }
     return FilterOptions(**found)
 
@@ -461,6 +461,23 @@ class TestWhere:
         assert said in str(raised.value)
         assert "\n" not in str(raised.value)
 
+    @pytest.mark.parametrize("text", ["CAST(prompt AS INT) > 3", "width > 3 AND CAST(key AS DOUBLE) > 3"])
+    def test_what_fails_only_at_some_row(self, scores: Scores, text: str) -> None:
+        with pytest.raises(UsageError) as raised:
+            decide(scores, FilterOptions(where=text))
+        assert str(raised.value).startswith(f"--where '{text}': conversion from `str` to ")
+        assert "\n" not in str(raised.value)
+
+    def test_a_broken_file_is_the_files_fault(self, tmp_path: Path) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row(n, group=str(n)) for n in range(50)])
+        place = pq.read_metadata(path).row_group(0)
+        column = next(c for c in map(place.column, range(place.num_columns)) if c.path_in_schema == "prompt")
+        data, start = bytearray(path.read_bytes()), column.dictionary_page_offset or column.data_page_offset
+        data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+        path.write_bytes(data)
+        with pytest.raises(TableError, match=r"can't read .*s\.parquet"):
+            decide(opened(path), FilterOptions(where="prompt LIKE '%a%'"))
+
 
 class TestFraction:
     @pytest.mark.parametrize(
@@ -760,7 +777,7 @@ class TestCommand:
         [
             (["--min", 1, "--where", "FALSE"], "nothing is kept\n"),
             (["--min", 1, "--max", "realism=0.5"], "nothing is kept: the lowest realism is"),
-            (["--min", "realism=1", "--max", "realism=5", "--prob", "alignment>=1:0.1", "--where", "key = ''"], "kept\n"),
+            (["--min", "realism=1", "--max", "realism=5", "--where", "key = ''"], "nothing is kept\n"),
         ],
     )
     def test_a_bound_that_is_reached_is_not_to_blame(self, here: Path, capsys, arguments, said: str) -> None:
@@ -804,6 +821,10 @@ class TestCommand:
             (["--out", "scores.parquet"], 2, "zscore: --out scores.parquet is the table that is read"),
             (["--dropped", "./kept.parquet"], 2, "--dropped and --out name the same file"),
             (["--columns", "key,overal"], 2, "--columns: there is no column 'overal': did you mean 'overall'?"),
+            (["--columns", "key,overall, key"], 2, "zscore: --columns: 'key' is given twice"),
+            (["--where", "CAST(prompt AS INT) > 3"], 2, "zscore: --where 'CAST(prompt AS INT) > 3': conversion"),
+            (["--score", "algnmnt("], 2, "zscore: --score 'algnmnt(' is what --fraction ranks by: give --fraction too"),
+            (["--score", "overall"], 2, "give --fraction too"),
             (["--min", "realsim=3"], 2, "did you mean 'realism'?"),
             (["--calibration", "nope.json"], 1, "nope.json"),
             (["--fraction", "much"], 2, "Invalid value for '--fraction'"),

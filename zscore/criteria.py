@@ -40,19 +40,27 @@ class FilterOptions:
     """Of rows with the same picture bytes, keep the first that passes the criteria above."""
     fraction: float | None = None
     """Share of the rows that pass everything else, best first."""
-    score: str = OVERALL
-    """Expression that `fraction` ranks by."""
+    score: str | None = None
+    """Expression that `fraction` ranks by; None is `overall`."""
     calibration: Calibration | None = None
     """Decide by calibrated scores (what is written stays as it was)."""
     confidence: float | None = None
     """Turn the one minimum into the conformal threshold of `zscore.calibration`; nothing else may decide then."""
 
+    @property
+    def ranked_by(self) -> str:
+        """What `fraction` ranks by."""
+        return self.score if self.score is not None else OVERALL
+
     def check(self) -> None:
         """Refuse options that go together in no table.
 
         Raises:
-            UsageError: a confidence without what it needs, or beside what would break its promise.
+            UsageError: a score that nothing is ranked by; a confidence without what it needs, or beside what would
+                break its promise.
         """
+        if self.score is not None and self.fraction is None:
+            raise UsageError(f"--score '{self.score}' is what --fraction ranks by: give --fraction too")
         if self.confidence is not None:
             self._check_promise(self.confidence)
 
@@ -92,7 +100,7 @@ class FilterOptions:
             "where": self.where,
             "dedupe": self.dedupe,
             "fraction": self.fraction,
-            "score": self.score if self.fraction is not None else None,
+            "score": self.ranked_by if self.fraction is not None else None,
             "confidence": self.confidence,
             "calibrated": self.calibration is not None,
         }

@@ -128,8 +128,7 @@ def filter_scores(scores: Scores, options: FilterOptions, targets: FilterTargets
     """
     outputs = {"--out": targets.kept, "--dropped": targets.dropped, "--npy": targets.npy}
     check_targets(scores.files, outputs)
-    for column in targets.columns or ():
-        scores.check_column(column, "--columns")
+    _check_columns(scores, targets.columns or ())
     if targets.npy is not None:
         scores.require(_uid_column(scores))
     decision = decide(scores, options)
@@ -137,6 +136,13 @@ def filter_scores(scores: Scores, options: FilterOptions, targets: FilterTargets
     if not dry_run:
         _write(scores, decision, targets, derived(scores.metadata, "filter", options.described(), summary.counts()))
     return summary
+
+
+def _check_columns(scores: Scores, columns: Sequence[str]) -> None:
+    for place, column in enumerate(columns):
+        scores.check_column(column, "--columns")
+        if column in columns[:place]:
+            raise UsageError(f"--columns: '{column}' is given twice")
 
 
 def _write(scores: Scores, decision: Decision, targets: FilterTargets, metadata: dict[str, Any]) -> None:
@@ -246,7 +252,7 @@ def decide(scores: Scores, options: FilterOptions) -> Decision:
     ranking = _ranking(scores, options)
     criteria = row_criteria(scores, frame, options, ranking)
     passes = [is_ok(), *(criterion.passes for criterion in criteria)]
-    found = fetch(frame.select(_columns(criteria, options, ranking)), scores.name)
+    found = _look(scores, frame, _columns(criteria, options, ranking), options.where)
     code_N = found["code"].to_numpy(writable=True)
     reasons = [criterion.reason for criterion in criteria]
     if options.dedupe:
@@ -259,6 +265,25 @@ def decide(scores: Scores, options: FilterOptions) -> Decision:
     is_local = looks_at_rows and not options.dedupe and options.fraction is None
     predicate = reduce(lambda one, other: one & other, passes) if is_local else None
     return Decision(code_N, tuple(reasons), _count(scores, code_N, reasons), predicate)
+
+
+def _look(scores: Scores, frame: pl.LazyFrame, columns: list[pl.Expr], where: str | None) -> pl.DataFrame:
+    """The first pass.
+
+    Raises:
+        UsageError: the SQL condition can't be computed at some row.
+        TableError: the table can't be read.
+    """
+    try:
+        return fetch(frame.select(columns), scores.name)
+    except TableError as error:
+        if where is None:
+            raise
+        # Whose fault it is shows when the same columns are read and nothing is computed from them.
+        names = sorted({name for column in columns for name in column.meta.root_names()})
+        decoded = pl.struct(names).map_batches(pl.Series.is_null, return_dtype=pl.Boolean, is_elementwise=True)
+        fetch(frame.select(decoded.any()), scores.name)
+        raise UsageError(f"--where '{where}': {str(error.__cause__).splitlines()[0]}") from error
 
 
 def _decided_by(scores: Scores, options: FilterOptions) -> pl.LazyFrame:
@@ -275,7 +300,7 @@ def _ranking(scores: Scores, options: FilterOptions) -> ScoreExpression | None:
         return None
     if not 0 < options.fraction <= 1:
         raise UsageError(f"--fraction {options.fraction:g}: give a share above 0 and at most 1, like 0.3")
-    return ScoreExpression(options.score, scores.dimensions)
+    return ScoreExpression(options.ranked_by, scores.dimensions)
 
 
 def _columns(criteria: Sequence[Criterion], options: FilterOptions, ranking: ScoreExpression | None) -> list[pl.Expr]:

@@ -40,8 +40,11 @@ def filter_scores(
         float | None, typer.Option(help="Best share of what meets all the above: 0.3. Ties go by (shard, index).")
     ] = None,
     score: Annotated[
-        str, typer.Option(help="What --fraction ranks by: overall, a dimension, 'min(alignment, realism)'.")
-    ] = "overall",
+        str | None,
+        typer.Option(
+            help="What --fraction ranks by: overall, a dimension, 'min(alignment, realism)'.", show_default="overall"
+        ),
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Decide by calibrated scores: a file made by zscore calibrate.")
     ] = None,
