@@ -127,7 +127,7 @@ def filter_scores(scores: Scores, options: FilterOptions, targets: FilterTargets
         OutputError: an output can't be written.
     """
     outputs = {"--out": targets.kept, "--dropped": targets.dropped, "--npy": targets.npy}
-    check_targets(scores.files, outputs)
+    check_targets(scores.files, outputs, scores.sources)
     _check_columns(scores, targets.columns or ())
     if targets.npy is not None:
         scores.require(_uid_column(scores))

@@ -125,7 +125,8 @@ def select(scores: Scores, options: SelectOptions, targets: SelectTargets, *, dr
 
 def _check(scores: Scores, options: SelectOptions, targets: SelectTargets) -> ScoreExpression:
     """The score, once nothing is left that can't hold."""
-    check_targets(scores.files, {"--out": targets.best, "--pairs": targets.pairs, "--stats": targets.statistics})
+    outputs = {"--out": targets.best, "--pairs": targets.pairs, "--stats": targets.statistics}
+    check_targets(scores.files, outputs, scores.sources)
     if options.best < 1:
         raise UsageError(f"--best {options.best}: keep at least 1 of each group")
     if not 0 <= options.risk < float("inf"):
