@@ -207,17 +207,10 @@ def _probabilities(scores: Scores, options: FilterOptions) -> list[Criterion]:
                 f"--prob {wanted}: no level is {wanted.comparison} {wanted.value:g};"
                 f" they go from {scores.values[0]:g} to {scores.values[-1]:g}"
             )
-        share = pl.sum_horizontal(level(scores, column, k).cast(pl.Float64) for k in wanted.levels(scores.values))
+        share = pl.sum_horizontal(scores.level(column, k).cast(pl.Float64) for k in wanted.levels(scores.values))
         passes = (share.is_finite() & (share >= wanted.minimum * (1 - SLACK))).fill_null(value=False)
         found.append(Criterion(f"prob:{wanted.dimension}", passes, (wanted.dimension,)))
     return found
-
-
-def level(scores: Scores, column: str, k: int) -> pl.Expr:
-    """The probability of level k."""
-    if isinstance(scores.schema[column], pl.Array):
-        return pl.col(column).arr.get(k)
-    return pl.col(column).list.get(k, null_on_oob=True)
 
 
 def _where(scores: Scores, frame: pl.LazyFrame, text: str) -> Criterion:

@@ -16,12 +16,14 @@ import polars as pl
 from zscore.errors import UsageError
 from zscore.expressions import ScoreExpression
 from zscore.group_statistics import group_statistics, write_statistics
-from zscore.pairs import choose_pairs, write_pairs
+from zscore.pairs import choose_pairs, has_distribution, write_pairs
 from zscore.ranking import rank
 from zscore.table_output import check_targets, derived, failures, fetch, sink, written
 from zscore.tables import OVERALL, ROW, is_ok, looked_up
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from zscore.group_statistics import GroupStatistics
     from zscore.pairs import PairOptions
     from zscore.ranking import Ranking
@@ -74,6 +76,8 @@ class Candidates:
     """Of the whole table."""
     dropped: dict[str, int]
     """By reason: a status, `nonfinite_score` or `no_group`."""
+    pairable: Ranking
+    """Those that pairs are made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +90,13 @@ class SelectSummary:
     statistics: GroupStatistics
     pairs: int | None
     """None where none were asked for."""
+    unpaired: int
+    """Candidates that are in no pair, for they have no distribution."""
 
     def counts(self) -> dict[str, object]:
         """For the metadata."""
         found: dict[str, object] = {"rows": self.rows, "selected": self.selected, "dropped": self.dropped}
-        return {**found, "groups": self.statistics.groups, "pairs": self.pairs or 0}
+        return {**found, "groups": self.statistics.groups, "pairs": self.pairs or 0, "unpaired": self.unpaired}
 
 
 def select(scores: Scores, options: SelectOptions, targets: SelectTargets, *, dry_run: bool) -> SelectSummary:
@@ -103,13 +109,14 @@ def select(scores: Scores, options: SelectOptions, targets: SelectTargets, *, dr
     """
     expression = _check(scores, options, targets)
     found = candidates(scores, options, expression)
-    pairs = choose_pairs(found.ranking, options.pairs) if options.pairs is not None else None
+    pairs = choose_pairs(found.pairable, options.pairs) if options.pairs is not None else None
     summary = SelectSummary(
         rows=found.rows,
         selected=int(np.minimum(found.ranking.sizes(), options.best).sum()),
         dropped=found.dropped,
         statistics=group_statistics(found.ranking),
         pairs=None if pairs is None else len(pairs),
+        unpaired=len(found.ranking.key_M) - len(found.pairable.key_M),
     )
     if not dry_run:
         metadata = derived(scores.metadata, "select", options.described(), summary.counts())
@@ -162,19 +169,27 @@ def candidates(scores: Scores, options: SelectOptions, expression: ScoreExpressi
         .then(pl.lit(_NONFINITE, pl.UInt8))
         .otherwise(pl.lit(_TAKEN, pl.UInt8))
     )
-    query = scores.frame.select(group.hash().alias("group"), score.alias("score"), code.alias("code"))
+    whole = has_distribution(scores, expression) if options.pairs is not None else pl.lit(value=True)
+    query = scores.frame.select(group=group.hash(), score=score, code=code, whole=whole)
     found = fetch(query, scores.name)
     taken = found["code"].to_numpy() == _TAKEN
-    ranking = rank(
-        found["group"].to_numpy()[taken],
-        found["score"].to_numpy()[taken],
-        np.flatnonzero(taken).astype(np.uint32),
-    )
+    ranking = _rank(found, taken)
+    paired = taken & found["whole"].to_numpy()
     counts = np.bincount(found["code"].to_numpy(), minlength=4)
     dropped = {"nonfinite_score": int(counts[_NONFINITE]), "no_group": int(counts[_NO_GROUP])}
     dropped |= failures(scores) if counts[_NOT_OK] else {}
     by_count = sorted(dropped.items(), key=lambda pair: (-pair[1], pair[0]))
-    return Candidates(expression, ranking, len(taken), {reason: count for reason, count in by_count if count})
+    dropped = {reason: count for reason, count in by_count if count}
+    pairable = ranking if np.array_equal(paired, taken) else _rank(found, paired)
+    return Candidates(expression, ranking, len(taken), dropped, pairable)
+
+
+def _rank(found: pl.DataFrame, taken: NDArray[np.bool_]) -> Ranking:
+    return rank(
+        found["group"].to_numpy()[taken],
+        found["score"].to_numpy()[taken],
+        np.flatnonzero(taken).astype(np.uint32),
+    )
 
 
 def best_rows(scores: Scores, options: SelectOptions, found: Candidates) -> pl.LazyFrame:

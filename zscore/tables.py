@@ -86,6 +86,12 @@ class Scores:
         """Level values in the order of the `*_probs` lists; empty where the files' levels differ."""
         return tuple(float(level["value"]) for level in self.metadata["rubric"]["levels"])
 
+    def level(self, column: str, k: int) -> pl.Expr:
+        """The probability of level k in a column `*_probs`; null where there is none."""
+        if isinstance(self.schema[column], pl.Array):
+            return pl.col(column).arr.get(k, null_on_oob=True)
+        return pl.col(column).list.get(k, null_on_oob=True)
+
     def require(self, *columns: str) -> None:
         """Refuse a table without these columns.
 

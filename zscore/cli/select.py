@@ -61,7 +61,8 @@ def select(
     \b
     Pairs have the columns prompt, chosen and rejected that TRL's DPO trainers read, the latter two as SHARD/KEY; then
     shard, index, key, sha256 and score of both sides, the gap, and the probability that the chosen one is better
-    under the model's two distributions (ties count half, dimensions are taken as independent).
+    under the model's two distributions (ties count half, dimensions are taken as independent). A row without a
+    distribution of everything that --score reads is in no pair.
     """
     from zscore.pairs import PairOptions
     from zscore.selection import SelectOptions, SelectTargets
@@ -101,6 +102,8 @@ def _report(summary: SelectSummary, targets: SelectTargets, *, dry_run: bool) ->
         say("nothing is selected: no row has a group and a score")
     if summary.pairs is not None:
         say(f"{summary.pairs} pairs" if summary.pairs else "no pairs: no group has scores that differ enough")
+    if summary.unpaired:
+        say(f"{summary.unpaired} rows are in no pair: they have a score and no distribution")
     files = [name for name in (targets.best, targets.pairs, targets.statistics) if name]
     say("dry run: nothing is written" if dry_run else f"wrote {', '.join(files)}")
 
