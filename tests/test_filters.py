@@ -706,6 +706,17 @@ class TestCalibrated:
         assert "confidence:overall" in capsys.readouterr().out
         step = metadata_in(out)["derived"][0]
         assert step["criteria"] == {"min": {"overall": 3.1}, "confidence": 0.8, "calibrated": True}
+        again = ["filter", out, "--out", tmp_path / "again.parquet"]
+        assert zscore(*again, "--calibration", tmp_path / "c.json", "--min", 3.2, "--confidence", 0.8) == 2
+        assert "kept.parquet was kept with --confidence before" in capsys.readouterr().err
+        assert zscore(*again, "--max", "realism=3", "--dedupe", "--fraction", 0.5) == 0
+        parts = [write_scores(tmp_path / f"{n}/{n}.parquet", [row(n)]) for n in range(2)]
+        metadata = [metadata_in(out) | {"derived": [step | {"counts": {"rows": n}}]} for n in range(2)]
+        for part, its in zip(parts, metadata, strict=True):
+            rewrite(pq.read_table(part), part, its)
+        call[1:2] = parts
+        assert zscore(*call) == 2
+        assert "0.parquet and 1 more was kept with --confidence before" in capsys.readouterr().err
 
 
 class TestCommand:

@@ -73,7 +73,7 @@ class FilterOptions:
         if len(self.minimum) > 1:
             raise UsageError(
                 f"--confidence {confidence:g} holds for one --min, not for {' and '.join(self.minimum)} together:"
-                " run it once for each, or calibrate and filter on overall"
+                " run it on the whole table once for each, or calibrate and filter on overall"
             )
         beside = {
             "--max": bool(self.maximum),
@@ -159,19 +159,32 @@ def _minimum(scores: Scores, frame: pl.LazyFrame, options: FilterOptions) -> lis
             Criterion(f"min:{name}", pl.col(scores.check_score(name, "--min")) >= _float32(bound), (name,))
             for name, bound in options.minimum.items()
         ]
-    assert options.calibration is not None
+    return [_confident(scores, frame, options, options.confidence)]
+
+
+def _confident(scores: Scores, frame: pl.LazyFrame, options: FilterOptions, confidence: float) -> Criterion:
+    """What the one minimum becomes with a confidence."""
     from zscore.calibration import confident_threshold  # scipy's 0.3 s are for those who use it
     from zscore.human import DECIMALS
 
-    found = []
-    for name, bound in options.minimum.items():
-        column = scores.check_score(name, "--min")
-        scored = fetch(frame.filter(is_ok()).select(column), scores.name).to_series()
-        threshold = confident_threshold(scored, options.calibration, bound, options.confidence, column)
-        # The threshold was found among scores that were rounded like this, so that equal ones tie.
-        above = pl.col(column).cast(pl.Float64).round(DECIMALS) > threshold
-        found.append(Criterion(f"confidence:{name}", above, (name,)))
-    return found
+    _check_whole(scores)
+    assert options.calibration is not None
+    ((name, bound),) = options.minimum.items()
+    column = scores.check_score(name, "--min")
+    scored = fetch(frame.filter(is_ok()).select(column), scores.name).to_series()
+    threshold = confident_threshold(scored, options.calibration, bound, confidence, column)
+    # The threshold was found among scores that were rounded like this, so that equal ones tie.
+    return Criterion(f"confidence:{name}", pl.col(column).cast(pl.Float64).round(DECIMALS) > threshold, (name,))
+
+
+def _check_whole(scores: Scores) -> None:
+    """Refuse a table that a confidence has chosen from before: its rows aren't drawn like the rated ones any more."""
+    histories = [scores.metadata.get("derived"), *scores.metadata.get("mixed_derived", [])]
+    if any("confidence" in step.get("criteria", {}) for history in histories for step in history or []):
+        raise UsageError(
+            f"{scores.name} was kept with --confidence before, and what a second one keeps carries no promise:"
+            " give the whole table"
+        )
 
 
 def _maximum(scores: Scores, options: FilterOptions) -> list[Criterion]:
