@@ -346,10 +346,11 @@ def naive_probability(chosen, rejected, text: str) -> float:
     """P(chosen better) + half of P(equal) by walking through every combination of levels."""
 
     def distribution(made):
-        for (a, p), (b, q) in itertools.product(
-            *(zip(VALUES, made[f"{n}_probs"], strict=True) for n in ("left", "right"))
-        ):
-            yield eval(text, {**FUNCTIONS, "left": a, "right": b, "overall": (a + b) / 2}), p * q
+        names = leaves_of(text)  # what isn't read may be no distribution
+        for levels in itertools.product(*(zip(VALUES, made[f"{name}_probs"], strict=True) for name in names)):
+            values = dict(zip(names, (value for value, _ in levels), strict=True))
+            overall = {"overall": statistics.fmean(values.values())}
+            yield eval(text, {**FUNCTIONS, **overall, **values}), math.prod(p for _, p in levels)
 
     total = 0.0
     for (x, p), (y, q) in itertools.product(distribution(chosen), distribution(rejected)):
