@@ -26,6 +26,9 @@ def render() -> str:
     for name, command in getattr(group, "commands", {}).items():
         context = command.make_context(name, [], parent=root, resilient_parsing=True, terminal_width=WIDTH)
         parts.append(block(f"zscore {name}", context.get_help()))
+        for inner, part in getattr(command, "commands", {}).items():
+            below = part.make_context(inner, [], parent=context, resilient_parsing=True, terminal_width=WIDTH)
+            parts.append(block(f"zscore {name} {inner}", below.get_help()))
     return "\n".join(parts)
 
 

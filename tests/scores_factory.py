@@ -194,6 +194,23 @@ def rewrite(table: pa.Table, path: Path, metadata: dict[str, Any] | None = None,
     return path
 
 
+def spoil(path: Path, gaps: list[tuple[int, str, float | None]]) -> Path:
+    """Put null, NaN or infinity into a file: (row, column, value); in a distribution the first level gets the number.
+
+    Rows that the file doesn't have, or that have no scores, stay as they are.
+    """
+    table, metadata = pq.read_table(path), metadata_in(path)
+    for number, column, value in gaps:
+        values = table[column].to_pylist()
+        if number >= len(values) or values[number] is None:
+            continue
+        is_list = isinstance(values[number], list) and value is not None
+        values[number] = [value, *values[number][1:]] if is_list else value
+        place = table.schema.get_field_index(column)
+        table = table.set_column(place, column, pa.array(values, type=table.schema.field(column).type))
+    return rewrite(table, path, metadata)
+
+
 def write_parts(folder: Path, rows: list[ScoreRow], rubric: Rubric | None = None, **changes: Any) -> Path:
     """Write a folder that holds one part a shard, as `zscore score --out DIR/` does."""
     for shard in dict.fromkeys(made.shard for made in rows):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,8 +21,10 @@ from tests.scores_factory import (
     metadata_in,
     random_rows,
     read_rows,
+    rewrite,
     row,
     scores_of,
+    spoil,
     two,
     write_parts,
     write_scores,
@@ -66,18 +70,44 @@ def tables(draw, largest: int = 20):
     return made
 
 
+# Numbers that are none, anywhere: (row, column, what stands there).
+gaps = st.lists(
+    st.tuples(
+        st.integers(0, 19),
+        st.sampled_from(["overall", *(name + part for name in ("left", "right") for part in ("", "_std", "_probs"))]),
+        st.sampled_from([None, math.nan, math.inf, -math.inf]),
+    ),
+    max_size=8,
+)
+
+
+def leaves_of(text: str) -> list[str]:
+    return ["left", "right"] if "overall" in text else [name for name in ("left", "right") if name in text]
+
+
+def is_scored(made, text: str, risk: float) -> bool:
+    """Whether everything that the score reads is a number."""
+    read = [name for name in ("left", "right", "overall") if name in text]
+    read += [f"{name}_std" for name in leaves_of(text)] if risk else []
+    return all(made[name] is not None and math.isfinite(made[name]) for name in read)
+
+
 def score_of(made, text: str, risk: float = 0.0) -> float:
     """A score by Python's own eval; with a risk, for expressions that grow with each dimension."""
-    names = {name: made[name] - risk * made[f"{name}_std"] for name in ("left", "right")}
-    overall = made["overall"] - risk * (made["left_std"] + made["right_std"]) / 2
-    return float(np.float32(eval(text, {**FUNCTIONS, **names, "overall": overall})))
+    names = {"overall": made["overall"]} if "overall" in text else {name: made[name] for name in leaves_of(text)}
+    if risk:
+        names = {
+            name: value - risk * statistics.fmean(made[f"{leaf}_std"] for leaf in leaves_of(name))
+            for name, value in names.items()
+        }
+    return float(np.float32(eval(text, {**FUNCTIONS, **names})))
 
 
 def naive_groups(rows, text: str = "overall", risk: float = 0.0):
     """Candidates by group in order of first appearance, best first: (score, row number)."""
     groups = defaultdict(list)
     for number, made in enumerate(rows):
-        if made["status"] == "ok" and math.isfinite(score_of(made, text, risk)):
+        if made["status"] == "ok" and is_scored(made, text, risk) and math.isfinite(score_of(made, text, risk)):
             groups[made["group"]].append((score_of(made, text, risk), number))
     return {name: sorted(found, key=lambda one: (-one[0], one[1])) for name, found in groups.items()}
 
@@ -144,12 +174,13 @@ class TestBest:
     @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         tables(),
+        gaps,
         st.integers(1, 4),
         st.sampled_from(["overall", "left", "min(left, 2*right - 1)"]),
         st.sampled_from([0.0, 0.5]),
     )
-    def test_against_plain_python(self, tmp_path: Path, made, best: int, score: str, risk: float) -> None:
-        path = write_scores(tmp_path / "s.parquet", made, two())
+    def test_against_plain_python(self, tmp_path: Path, made, holes, best: int, score: str, risk: float) -> None:
+        path = spoil(write_scores(tmp_path / "s.parquet", made, two()), holes)
         rows = read_rows(path)
         groups = naive_groups(rows, score, risk)
         summary, found = run(
@@ -161,7 +192,7 @@ class TestBest:
         assert [one["key"] for one in found] == [rows[number]["key"] for number in sorted(expected)]
         for one, number in zip(found, sorted(expected), strict=True):
             assert (one.pop("select_rank"), one.pop("select_score")) == expected[number]
-            assert one == rows[number]
+            assert repr(one) == repr(rows[number])  # NaN isn't equal to itself
         assert summary.selected == len(found)
         assert summary.rows == sum(map(len, groups.values())) + sum(summary.dropped.values())
         written = {one["group"]: one for one in read_rows(tmp_path / "g.parquet")}
@@ -294,6 +325,10 @@ class TestStatistics:
             assert point.random == pytest.approx(statistics.fmean(map(statistics.fmean, enough)))
 
 
+def is_distribution(probs) -> bool:
+    return probs is not None and all(p is not None and 0 <= p < math.inf for p in probs) and sum(probs) > 0
+
+
 def naive_pairs(groups, min_gap: float, max_pairs: int | None):
     """(chosen row, rejected row), groups in order, widest gap first, then by rank."""
     found = []
@@ -311,10 +346,11 @@ def naive_probability(chosen, rejected, text: str) -> float:
     """P(chosen better) + half of P(equal) by walking through every combination of levels."""
 
     def distribution(made):
-        for (a, p), (b, q) in itertools.product(
-            *(zip(VALUES, made[f"{n}_probs"], strict=True) for n in ("left", "right"))
-        ):
-            yield eval(text, {**FUNCTIONS, "left": a, "right": b, "overall": (a + b) / 2}), p * q
+        names = leaves_of(text)  # what isn't read may be no distribution
+        for levels in itertools.product(*(zip(VALUES, made[f"{name}_probs"], strict=True) for name in names)):
+            values = dict(zip(names, (value for value, _ in levels), strict=True))
+            overall = {"overall": statistics.fmean(values.values())}
+            yield eval(text, {**FUNCTIONS, **overall, **values}), math.prod(p for _, p in levels)
 
     total = 0.0
     for (x, p), (y, q) in itertools.product(distribution(chosen), distribution(rejected)):
@@ -326,20 +362,26 @@ class TestPairs:
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         tables(),
+        gaps,
         st.sampled_from([0.0, 0.5, 1.5]),
         st.sampled_from([1, 2, 5, None]),
         st.sampled_from(["overall", "right", "0.7*left + 0.1*right", "max(left, 3 - right)"]),
     )
-    def test_against_plain_python(self, tmp_path: Path, made, min_gap: float, max_pairs, score: str) -> None:
-        path = write_scores(tmp_path / "s.parquet", made, two())
+    def test_against_plain_python(self, tmp_path: Path, made, holes, min_gap: float, max_pairs, score: str) -> None:
+        path = spoil(write_scores(tmp_path / "s.parquet", made, two()), holes)
         rows = read_rows(path)
-        expected = naive_pairs(naive_groups(rows, score), min_gap, max_pairs)
+        whole = [one for one in rows if all(is_distribution(one[f"{name}_probs"]) for name in leaves_of(score))]
+        scored, paired = naive_groups(rows, score), naive_groups(whole, score)
+        number = {id(one): n for n, one in enumerate(rows)}
+        paired = {name: [(s, number[id(whole[n])]) for s, n in one] for name, one in paired.items()}
+        expected = naive_pairs(paired, min_gap, max_pairs)
         options = SelectOptions(score=score, pairs=PairOptions(min_gap=min_gap, max_pairs=max_pairs))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pairs_module, "PAIRS_AT_ONCE", 3)
             summary, _ = run(path, options, pairs=str(tmp_path / "p.parquet"))
         found = read_rows(tmp_path / "p.parquet")
         assert summary.pairs == len(expected)
+        assert summary.unpaired == sum(map(len, scored.values())) - sum(map(len, paired.values()))
         assert [(one["chosen_key"], one["rejected_key"]) for one in found] == [
             (rows[a]["key"], rows[b]["key"]) for a, b in expected
         ]
@@ -403,6 +445,49 @@ class TestPairs:
         path = write_scores(tmp_path / "s.parquet", [row()])
         with pytest.raises(UsageError, match=said.replace("(", r"\(")):
             run(path, SelectOptions(score=score, pairs=PairOptions(**options)), pairs=str(tmp_path / "p.parquet"))
+
+    @pytest.mark.parametrize(
+        "broken",
+        [
+            None,
+            [],
+            [math.nan] * 9,
+            [0.5, math.nan, *[0.0] * 7],
+            [0.5, None, *[0.0] * 7],
+            [0.0] * 9,
+            [math.inf, *[0.0] * 8],
+            [-0.5, 1.5, *[0.0] * 7],
+            [0.5, 0.5],
+            [0.1] * 10,
+        ],
+    )
+    def test_rows_without_a_distribution_are_in_no_pair(self, tmp_path: Path, capsys, broken) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row(n, means=n) for n in (1, 2, 3, 4)])
+        table = pq.read_table(path)
+        probs = table["realism_probs"].to_pylist()
+        probs[0] = probs[3] = broken
+        place = table.schema.get_field_index("realism_probs")
+        made = table.set_column(place, "realism_probs", pa.array(probs, type=pa.list_(pa.float32())))
+        rewrite(made, path, metadata_in(path))
+        pairs = tmp_path / "p.parquet"
+        assert zscore("select", path, "--pairs", pairs, "--out", tmp_path / "b.parquet") == 0
+        shown = capsys.readouterr().out
+        assert "2 rows are in no pair: they have a score and no distribution" in shown
+        (found,) = read_rows(pairs)
+        assert (found["chosen_key"], found["rejected_key"], found["probability"]) == ("k00003", "k00002", 1.0)
+        assert [one["key"] for one in read_rows(tmp_path / "b.parquet")] == ["k00004"]
+        assert metadata_in(pairs)["derived"][0]["counts"]["unpaired"] == 2
+        assert zscore("select", path, "--pairs", pairs, "--score", "alignment", "--out", tmp_path / "b.parquet") == 0
+        assert "in no pair" not in capsys.readouterr().out
+        assert read_rows(pairs)[0]["rejected_key"] == "k00001"
+
+    def test_pairs_need_a_file_and_a_file_needs_pairs(self, tmp_path: Path) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row()])
+        with pytest.raises(UsageError, match="give --pairs FILE too"):
+            run(path, SelectOptions(pairs=PairOptions()))
+        with pytest.raises(UsageError, match="--pairs .*p.parquet: no pairs are asked for"):
+            run(path, SelectOptions(), pairs=str(tmp_path / "p.parquet"))
+        assert [one.name for one in tmp_path.iterdir()] == ["s.parquet"]
 
     def test_distributions_are_needed(self, tmp_path: Path) -> None:
         path = write_scores(tmp_path / "s.parquet", [row()])
@@ -650,6 +735,10 @@ class TestCommand:
             (["--risk", "-1"], 2, "zscore: --risk -1: give 0 or more"),
             (["--risk", "nan"], 2, "zscore: --risk nan: give 0 or more"),
             (["--out", "scores.parquet"], 2, "is the table that is read"),
+            (["--min-gap", "0.5"], 2, "zscore: --min-gap and --max-pairs say which pairs are taken: give --pairs FILE"),
+            (["--max-pairs", "1"], 2, "give --pairs FILE too"),
+            (["--pairs", "p.parquet", "--min-gap", "nan"], 2, "zscore: --min-gap nan: give 0 or more"),
+            (["--pairs", "p.parquet", "--min-gap", "inf"], 2, "zscore: --min-gap inf: give 0 or more"),
             (["--pairs", "best.parquet"], 2, "--pairs and --out name the same file"),
         ],
     )

@@ -86,6 +86,15 @@ class TestOpen:
         found = open_scores(str(tmp_path / "[bc].parquet"), str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet"))
         assert keys(found) == ["b-0", "c-0", "a-0"]  # the order of the arguments, each file once
 
+    def test_a_file_in_several_spellings_is_read_once(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        path = write_scores(tmp_path / "s.parquet", [row(0), row(1)])
+        (tmp_path / "soft.parquet").symlink_to(path)
+        (tmp_path / "x").mkdir()
+        spellings = ["s.parquet", "./s.parquet", "x/../s.parquet", str(path), f"file://{path}", "soft.parquet", "."]
+        found = open_scores(*spellings)
+        assert (found.files, found.rows, keys(found)) == (("s.parquet",), 2, ["k00000", "k00001"])
+
     def test_a_name_with_glob_characters_is_taken_as_it_stands(self, tmp_path: Path) -> None:
         path = write_scores(tmp_path / "s[1]*.parquet", [row()])
         assert keys(open_scores(str(path))) == ["k00000"]
@@ -294,10 +303,11 @@ class TestMixed:
         assert scores.values == ()
 
     def test_a_table_beside_its_own_source_is_refused(self, tmp_path: Path) -> None:
-        write_parts(tmp_path, random_rows(rows=20))
-        assert zscore("filter", tmp_path, "--out", tmp_path / "kept.parquet", "--quiet") == 0
+        folder = write_parts(tmp_path / "parts", random_rows(rows=20))
+        assert zscore("filter", folder, "--out", tmp_path / "kept.parquet", "--quiet") == 0
+        (tmp_path / "kept.parquet").rename(folder / "kept.parquet")
         with pytest.raises(TableError, match="was made by zscore score, .* was made by zscore filter;"):
-            open_scores(str(tmp_path))
+            open_scores(str(folder))
 
 
 class TestOutput:
@@ -360,6 +370,59 @@ class TestOutput:
         with pytest.raises(UsageError, match="is the table that is read"):
             check_targets(["s3://b/s.parquet"], {"--out": "s3://b/s.parquet"})
         check_targets([str(source)], {"--out": str(tmp_path / "new"), "--dropped": "s3://b/new"})
+
+    @pytest.mark.parametrize(
+        ("source", "target", "is_refused"),
+        [
+            ("parts", "parts/kept.parquet", True),
+            ("./parts/", "parts/deeper/kept.parquet", True),
+            ("link", "parts/kept.parquet", True),
+            ("parts", "link/kept.parquet", True),
+            (".", "kept.parquet", True),
+            ("parts/*.parquet", "parts/kept.parquet", True),
+            ("*/*.parquet", "parts/kept.parquet", True),
+            ("**/*.parquet", "parts/deeper/kept.parquet", True),
+            ("parts", "file://{here}/parts/kept.parquet", True),
+            ("s3://b/parts", "s3://b/parts/kept.parquet", True),
+            ("s3://b/parts/", "s3://b/parts/deeper/kept.parquet", True),
+            ("s3://b/parts/*.parquet", "s3://b/parts/kept.parquet", True),
+            ("parts", "kept.parquet", False),
+            ("parts", "parts-kept.parquet", False),
+            ("parts", "parts/_kept.parquet", False),
+            ("parts", "parts/kept.npy", False),
+            ("parts/*.parquet", "kept.parquet", False),
+            ("parts/*.parquet", "parts/deeper/kept.parquet", False),
+            ("parts/s-*.parquet", "parts/kept.parquet", False),
+            ("parts", "s3://b/parts/kept.parquet", False),
+            ("s3://b/parts", "s3://b/parts-kept.parquet", False),
+            ("s3://b/parts", "parts/kept.parquet", False),
+            ("s3://b/s.parquet", "s3://b/kept.parquet", False),
+        ],
+    )
+    def test_an_output_that_would_become_an_input(
+        self, tmp_path: Path, monkeypatch, source: str, target: str, is_refused: bool
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        write_scores(tmp_path / "parts/s-0.parquet", [row()])
+        (tmp_path / "link").symlink_to("parts")
+        target = target.format(here=tmp_path)
+        if is_refused:
+            with pytest.raises(UsageError, match="from then on"):
+                check_targets([], {"--out": None, "--dropped": target}, [source])
+        else:
+            check_targets([], {"--out": None, "--dropped": target}, [source])
+
+    @pytest.mark.parametrize("command", ["filter", "select"])
+    @pytest.mark.parametrize("source", ["parts", "parts/*.parquet"])
+    def test_a_folder_can_be_read_again(self, tmp_path: Path, monkeypatch, capsys, command: str, source: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        write_scores(tmp_path / "parts/s-0.parquet", [row()])
+        inside = {"filter": ["--out", "--dropped"], "select": ["--out", "--stats", "--pairs"]}[command]
+        for option in inside:
+            assert zscore(command, source, option, "parts/new.parquet") == 2
+            said = f"zscore: {option} parts/new.parquet would be read as a part of {source} from then on: write it"
+            assert said in capsys.readouterr().err
+        assert zscore(command, source, "--out", "new.parquet") == 0
 
     def test_a_full_disk_is_one_line_and_leaves_nothing(self, tmp_path: Path) -> None:
         write_scores(tmp_path / "scores.parquet", random_rows(rows=3000))

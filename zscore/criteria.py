@@ -12,13 +12,14 @@ from zscore.table_output import fetch
 from zscore.tables import OVERALL, is_ok, known
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from zscore.calibration import Calibration
     from zscore.expressions import Probability, ScoreExpression
     from zscore.tables import Scores
 
-# float32 probabilities sum to 1 within a few 1e-7; asking for a share of 1 must be possible.
+# float32 probabilities sum to 1 within a few 1e-7; asking for a share of 1 must be possible. It is a part of what is
+# asked for: no share at all is never enough.
 SLACK = 1e-6
 
 
@@ -39,12 +40,55 @@ class FilterOptions:
     """Of rows with the same picture bytes, keep the first that passes the criteria above."""
     fraction: float | None = None
     """Share of the rows that pass everything else, best first."""
-    score: str = OVERALL
-    """Expression that `fraction` ranks by."""
+    score: str | None = None
+    """Expression that `fraction` ranks by; None is `overall`."""
     calibration: Calibration | None = None
     """Decide by calibrated scores (what is written stays as it was)."""
     confidence: float | None = None
-    """Turn every minimum into the conformal threshold of `zscore.calibration`."""
+    """Turn the one minimum into the conformal threshold of `zscore.calibration`; nothing else may decide then."""
+
+    @property
+    def ranked_by(self) -> str:
+        """What `fraction` ranks by."""
+        return self.score if self.score is not None else OVERALL
+
+    def check(self) -> None:
+        """Refuse options that go together in no table.
+
+        Raises:
+            UsageError: a score that nothing is ranked by; a confidence without what it needs, or beside what would
+                break its promise.
+        """
+        if self.score is not None and self.fraction is None:
+            raise UsageError(f"--score '{self.score}' is what --fraction ranks by: give --fraction too")
+        if self.confidence is not None:
+            self._check_promise(self.confidence)
+
+    def _check_promise(self, confidence: float) -> None:
+        """The promise is about all rows that reach one minimum: a part of them may hold all the bad ones."""
+        if self.calibration is None:
+            raise UsageError("--confidence needs --calibration: make one with `zscore calibrate`")
+        if not self.minimum:
+            raise UsageError("--confidence needs --min: the score that kept pictures are to have")
+        if len(self.minimum) > 1:
+            raise UsageError(
+                f"--confidence {confidence:g} holds for one --min, not for {' and '.join(self.minimum)} together:"
+                " run it on the whole table once for each, or calibrate and filter on overall"
+            )
+        beside = {
+            "--max": bool(self.maximum),
+            "--prob": bool(self.prob),
+            "--max-std": bool(self.max_std),
+            "--where": self.where is not None,
+            "--dedupe": self.dedupe,
+            "--fraction": self.fraction is not None,
+        }
+        for option, is_given in beside.items():
+            if is_given:
+                raise UsageError(
+                    f"--confidence {confidence:g} holds for --min alone, what {option} leaves of it may be worse:"
+                    f" run `zscore filter` with {option} on the kept file, a set without a promise"
+                )
 
     def described(self) -> dict[str, object]:
         """The criteria that are set, for the metadata."""
@@ -56,7 +100,7 @@ class FilterOptions:
             "where": self.where,
             "dedupe": self.dedupe,
             "fraction": self.fraction,
-            "score": self.score if self.fraction is not None else None,
+            "score": self.ranked_by if self.fraction is not None else None,
             "confidence": self.confidence,
             "calibrated": self.calibration is not None,
         }
@@ -71,25 +115,42 @@ class Criterion:
     passes: pl.Expr
     columns: tuple[str, ...] = ()
     """Scores that it reads; they must be finite."""
+    nullable: tuple[str, ...] = ()
+    """Columns of floats that may also be null."""
 
 
 def row_criteria(
     scores: Scores, frame: pl.LazyFrame, options: FilterOptions, ranking: ScoreExpression | None
 ) -> list[Criterion]:
-    """All row-wise criteria in the order of their reasons."""
+    """All row-wise criteria in the order of their reasons.
+
+    Raises:
+        UsageError: an option that names what isn't there, or can't hold.
+        TableError: a column is missing.
+    """
     minimum = _minimum(scores, frame, options)
     found = [*minimum, *_maximum(scores, options), *_probabilities(scores, options), *_stds(scores, options)]
     if options.where is not None:
-        found.append(Criterion("where", _where(scores, frame, options.where)))
+        found.append(_where(scores, frame, options.where))
     if options.dedupe:
         scores.require("sha256")
+    finite = _finite(scores, found, ranking)
+    return [*([Criterion("nonfinite_score", pl.all_horizontal(finite))] if finite else []), *found]
+
+
+def _finite(scores: Scores, found: Sequence[Criterion], ranking: ScoreExpression | None) -> list[pl.Expr]:
+    """Whether what decides is a number; where no criterion reads a score, `overall` must be one."""
     read = {name: None for criterion in found for name in criterion.columns}
     read |= dict.fromkeys(ranking.columns() if ranking else ())
-    if not read and OVERALL in scores.schema:
+    nullable = {name for criterion in found for name in criterion.nullable}
+    if not read and OVERALL in scores.schema and OVERALL not in nullable:
         read = {OVERALL: None}
     scores.require(*read)
     finite = [pl.col(name).is_finite().fill_null(value=False) for name in read]
-    return [*([Criterion("nonfinite_score", pl.all_horizontal(finite))] if finite else []), *found]
+    finite += [pl.col(name).is_finite().fill_null(value=True) for name in sorted(nullable - set(read))]
+    if ranking is not None:
+        finite.append(ranking.exact().is_finite().fill_null(value=False))
+    return finite
 
 
 def _minimum(scores: Scores, frame: pl.LazyFrame, options: FilterOptions) -> list[Criterion]:
@@ -98,22 +159,32 @@ def _minimum(scores: Scores, frame: pl.LazyFrame, options: FilterOptions) -> lis
             Criterion(f"min:{name}", pl.col(scores.check_score(name, "--min")) >= _float32(bound), (name,))
             for name, bound in options.minimum.items()
         ]
-    if options.calibration is None:
-        raise UsageError("--confidence needs --calibration: make one with `zscore calibrate`")
-    if not options.minimum:
-        raise UsageError("--confidence needs --min: the score that kept pictures are to have")
-    from zscore.calibration import confident_threshold  # scipy's 0.3 s are for those who use it
+    return [_confident(scores, frame, options, options.confidence)]
+
+
+def _confident(scores: Scores, frame: pl.LazyFrame, options: FilterOptions, confidence: float) -> Criterion:
+    """What the one minimum becomes with a confidence."""
+    from zscore.calibration import confident_threshold
     from zscore.human import DECIMALS
 
-    found = []
-    for name, bound in options.minimum.items():
-        column = scores.check_score(name, "--min")
-        scored = fetch(frame.filter(is_ok()).select(column), scores.name).to_series()
-        threshold = confident_threshold(scored, options.calibration, bound, options.confidence, column)
-        # The threshold was found among scores that were rounded like this, so that equal ones tie.
-        above = pl.col(column).cast(pl.Float64).round(DECIMALS) > threshold
-        found.append(Criterion(f"confidence:{name}", above, (name,)))
-    return found
+    _check_whole(scores)
+    assert options.calibration is not None
+    ((name, bound),) = options.minimum.items()
+    column = scores.check_score(name, "--min")
+    scored = fetch(frame.filter(is_ok()).select(column), scores.name).to_series()
+    threshold = confident_threshold(scored, options.calibration, bound, confidence, column)
+    # The threshold was found among scores that were rounded like this, so that equal ones tie.
+    return Criterion(f"confidence:{name}", pl.col(column).cast(pl.Float64).round(DECIMALS) > threshold, (name,))
+
+
+def _check_whole(scores: Scores) -> None:
+    """Refuse a table that a confidence has chosen from before: its rows aren't drawn like the rated ones any more."""
+    histories = [scores.metadata.get("derived"), *scores.metadata.get("mixed_derived", [])]
+    if any("confidence" in step.get("criteria", {}) for history in histories for step in history or []):
+        raise UsageError(
+            f"{scores.name} was kept with --confidence before, and what a second one keeps carries no promise:"
+            " give the whole table"
+        )
 
 
 def _maximum(scores: Scores, options: FilterOptions) -> list[Criterion]:
@@ -129,12 +200,12 @@ def _float32(value: float) -> pl.Expr:
 
 
 def _stds(scores: Scores, options: FilterOptions) -> list[Criterion]:
-    found = {}
+    found = []
     for name, bound in options.max_std.items():
         for dimension in scores.dimensions if name == OVERALL else [name]:
             column = f"{scores.check_score(dimension, '--max-std', overall=False)}_std"
-            found[column] = Criterion(f"max_std:{dimension}", pl.col(column) <= _float32(bound), (column,))
-    return list(found.values())
+            found.append(Criterion(f"max_std:{dimension}", pl.col(column) <= _float32(bound), (column,)))
+    return found
 
 
 def _probabilities(scores: Scores, options: FilterOptions) -> list[Criterion]:
@@ -149,32 +220,30 @@ def _probabilities(scores: Scores, options: FilterOptions) -> list[Criterion]:
                 f"--prob {wanted}: no level is {wanted.comparison} {wanted.value:g};"
                 f" they go from {scores.values[0]:g} to {scores.values[-1]:g}"
             )
-        share = pl.sum_horizontal(level(scores, column, k).cast(pl.Float64) for k in wanted.levels(scores.values))
-        passes = (share.is_finite() & (share >= wanted.minimum - SLACK)).fill_null(value=False)
+        share = pl.sum_horizontal(scores.level(column, k).cast(pl.Float64) for k in wanted.levels(scores.values))
+        passes = (share.is_finite() & (share >= wanted.minimum * (1 - SLACK))).fill_null(value=False)
         found.append(Criterion(f"prob:{wanted.dimension}", passes, (wanted.dimension,)))
     return found
 
 
-def level(scores: Scores, column: str, k: int) -> pl.Expr:
-    """The probability of level k."""
-    if isinstance(scores.schema[column], pl.Array):
-        return pl.col(column).arr.get(k)
-    return pl.col(column).list.get(k, null_on_oob=True)
-
-
-def _where(scores: Scores, frame: pl.LazyFrame, text: str) -> pl.Expr:
+def _where(scores: Scores, frame: pl.LazyFrame, text: str) -> Criterion:
     """The SQL expression, null as false.
+
+    For polars NaN is larger than every number, so a row with NaN in a column that is read takes no part; where the
+    expression itself makes one of numbers (`0.0 / 0`), polars' order holds.
 
     Raises:
         UsageError: it can't be parsed, names no column, or isn't a condition.
     """
     try:
         condition = pl.sql_expr(text)
-        for name in condition.meta.root_names():
+        names = list(dict.fromkeys(condition.meta.root_names()))
+        for name in names:
             known(name, list(scores.schema), f"--where '{text}'", "column")
         kind = frame.head(0).select(condition).collect().dtypes[0]  # some errors show only when it runs
     except pl.exceptions.PolarsError as error:
         raise UsageError(f"--where '{text}': {str(error).splitlines()[0]}") from error
     if kind != pl.Boolean:
         raise UsageError(f"--where '{text}' is a {kind}, not a condition: write something like 'width >= 512'")
-    return condition.fill_null(value=False)
+    floats = tuple(name for name in names if scores.schema[name].is_float())
+    return Criterion("where", condition.fill_null(value=False), nullable=floats)

@@ -196,7 +196,11 @@ class ScoreExpression:
         Raises:
             UsageError: with a risk, a division by a dimension.
         """
-        return self._bounds(self._tree, risk)[0].cast(pl.Float32)
+        return self.exact(risk).cast(pl.Float32)
+
+    def exact(self, risk: float = 0.0) -> pl.Expr:
+        """The same as float64, which tells scores apart that are too large or too small for float32."""
+        return self._bounds(self._tree, risk)[0]
 
     def _bounds(self, node: ast.expr, risk: float) -> Bounds:
         """Lower and upper end of a node's value when each dimension varies by risk × std (interval arithmetic)."""
@@ -212,9 +216,8 @@ class ScoreExpression:
             case ast.BinOp(left=left, op=op, right=right):
                 return self._binary_bounds(left, op, right, risk)
             case ast.Call(func=ast.Name(id=function), args=args):
-                pick = pl.min_horizontal if function == "min" else pl.max_horizontal
                 ends = [self._bounds(argument, risk) for argument in args]
-                return pick(low for low, _ in ends), pick(high for _, high in ends)
+                return _picked(function, [low for low, _ in ends]), _picked(function, [high for _, high in ends])
         raise AssertionError(ast.dump(node))
 
     def _binary_bounds(self, left: ast.expr, op: ast.operator, right: ast.expr, risk: float) -> Bounds:
@@ -282,6 +285,13 @@ class ScoreExpression:
                 pick = np.minimum if function == "min" else np.maximum
                 return reduce(lambda a, b: _combine(a, b, pick), [self._distribution(one, leaves) for one in args])
         raise AssertionError(ast.dump(node))
+
+
+def _picked(function: str, arguments: Sequence[pl.Expr]) -> pl.Expr:
+    """The least or the largest; NaN if one is NaN, which polars would pass over."""
+    pick = pl.min_horizontal if function == "min" else pl.max_horizontal
+    is_nan = pl.any_horizontal(argument.is_nan() for argument in arguments)
+    return pl.when(is_nan).then(pl.lit(float("nan"))).otherwise(pick(arguments))
 
 
 def _is_constant(node: ast.expr) -> bool:

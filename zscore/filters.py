@@ -3,7 +3,8 @@
 The reasons, in the order in which they are looked for; a row is dropped for the first that applies:
 
     <status>               it has no scores: bad_image, missing_prompt, …
-    nonfinite_score        NaN, infinity or nothing in a column that a criterion reads
+    nonfinite_score        NaN, infinity or nothing in a score that a criterion reads, or as the score that is ranked;
+                           in what `where` reads NaN and infinity, for there null can be asked for
     min:NAME, max:NAME     `overall` or a dimension is beyond its bound
     prob:NAME              too little of the distribution lies where it should
     max_std:NAME           the distribution is too wide
@@ -12,11 +13,12 @@ The reasons, in the order in which they are looked for; a row is dropped for the
     fraction               the best of what is left are others
 
 Two passes, both streamed: the first reads only the columns that decide and leaves a byte a row, the second copies the
-rows that are kept. Memory beyond that byte grows with the rows only for `fraction` (4 bytes) and `dedupe` (8 bytes).
+rows that are kept. Memory beyond that byte grows with the rows only for `fraction` (8 bytes) and `dedupe` (8 bytes).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from functools import reduce
@@ -125,9 +127,8 @@ def filter_scores(scores: Scores, options: FilterOptions, targets: FilterTargets
         OutputError: an output can't be written.
     """
     outputs = {"--out": targets.kept, "--dropped": targets.dropped, "--npy": targets.npy}
-    check_targets(scores.files, outputs)
-    for column in targets.columns or ():
-        scores.check_column(column, "--columns")
+    check_targets(scores.files, outputs, scores.sources)
+    _check_columns(scores, targets.columns or ())
     if targets.npy is not None:
         scores.require(_uid_column(scores))
     decision = decide(scores, options)
@@ -135,6 +136,13 @@ def filter_scores(scores: Scores, options: FilterOptions, targets: FilterTargets
     if not dry_run:
         _write(scores, decision, targets, derived(scores.metadata, "filter", options.described(), summary.counts()))
     return summary
+
+
+def _check_columns(scores: Scores, columns: Sequence[str]) -> None:
+    for place, column in enumerate(columns):
+        scores.check_column(column, "--columns")
+        if column in columns[:place]:
+            raise UsageError(f"--columns: '{column}' is given twice")
 
 
 def _write(scores: Scores, decision: Decision, targets: FilterTargets, metadata: dict[str, Any]) -> None:
@@ -182,19 +190,52 @@ def write_uids(scores: Scores, kept: pl.LazyFrame, stream: IO[bytes]) -> None:
 
 
 def _why_empty(scores: Scores, options: FilterOptions, decision: Decision) -> str:
-    """What the table offers where nothing is kept: the best against --min, the least against --max."""
+    """Where nothing is kept: which bound the table doesn't reach, if one alone is to blame."""
     if decision.kept or not decision.rows:
         return "" if decision.rows else f"{scores.name} has no rows"
-    asked = [("highest", "--min", name, bound, pl.col(name).max()) for name, bound in options.minimum.items()]
-    asked += [("lowest", "--max", name, bound, pl.col(name).min()) for name, bound in options.maximum.items()]
+    if options.confidence is not None:
+        return _why_unsure(scores, options, options.confidence)
+    asked = [("highest", "--min", name, bound) for name, bound in options.minimum.items()]
+    asked += [("lowest", "--max", name, bound) for name, bound in options.maximum.items()]
     if not asked:
         return ""
+    numbers = {name: pl.col(name).filter(pl.col(name).is_finite()) for _, _, name, _ in asked}
+    ends = [numbers[name].max() if end == "highest" else numbers[name].min() for end, _, name, _ in asked]
     scored = _decided_by(scores, options).filter(is_ok())
-    found = fetch(scored.select(end.alias(f"{option} {name}") for _, option, name, _, end in asked), scores.name).row(0)
+    found = fetch(scored.select(end.alias(str(place)) for place, end in enumerate(ends)), scores.name).row(0)
     return "; ".join(
         f"the {end} {name} is {value:.4g}, {option} asks for {bound:g}"
-        for (end, option, name, bound, _), value in zip(asked, found, strict=True)
-        if value is not None
+        for (end, option, name, bound), value in zip(asked, found, strict=True)
+        if value is not None and _is_beyond(value, np.float32(bound), end)
+    )
+
+
+def _is_beyond(value: float, bound: np.float32, end: str) -> bool:
+    """Whether the best of a column misses the bound, compared as the criteria do."""
+    return bool(np.float32(value) < bound if end == "highest" else np.float32(value) > bound)
+
+
+def _why_unsure(scores: Scores, options: FilterOptions, confidence: float) -> str:
+    """What a confidence lacks: ratings, or scores above those of the pictures that people rated below the minimum."""
+    from zscore.human import DECIMALS
+
+    assert options.calibration is not None
+    ((name, bound),) = options.minimum.items()
+    reference, share = options.calibration.references[name], round(1 - confidence, 12)
+    ratings, needed = len(reference.human), math.ceil(round(1 / share, 6)) - 1
+    if ratings < needed:
+        return f"the calibration has {ratings} ratings of {name}, --confidence {confidence:g} needs at least {needed}"
+    rated = zip(reference.score, reference.human, strict=True)
+    threshold = max((score for score, human in rated if round(human, DECIMALS) < bound), default=-math.inf)
+    scored = _decided_by(scores, options).filter(is_ok() & pl.col(name).is_finite())
+    counts = scored.select(pl.len().alias("all"), (pl.col(name) > threshold).sum().alias("above"))
+    total, above = fetch(counts, scores.name).row(0)
+    if not total:
+        return ""
+    return (
+        f"{above} of {total} pictures have {name} above {threshold:.4g}, the highest of those that people rated below"
+        f" {bound:g}; with {ratings} ratings --confidence {confidence:g} asks for"
+        f" {math.ceil(round(total / ((ratings + 1) * share), 6))} there"
     )
 
 
@@ -205,12 +246,13 @@ def decide(scores: Scores, options: FilterOptions) -> Decision:
         UsageError: an option that names what isn't there, or can't hold.
         TableError: a column is missing, or the table can't be read.
     """
+    options.check()
     scores.require("status", "shard", "index")
     frame = _decided_by(scores, options)
     ranking = _ranking(scores, options)
     criteria = row_criteria(scores, frame, options, ranking)
     passes = [is_ok(), *(criterion.passes for criterion in criteria)]
-    found = fetch(frame.select(_columns(criteria, options, ranking)), scores.name)
+    found = _look(scores, frame, _columns(criteria, options, ranking), options.where)
     code_N = found["code"].to_numpy(writable=True)
     reasons = [criterion.reason for criterion in criteria]
     if options.dedupe:
@@ -225,10 +267,29 @@ def decide(scores: Scores, options: FilterOptions) -> Decision:
     return Decision(code_N, tuple(reasons), _count(scores, code_N, reasons), predicate)
 
 
+def _look(scores: Scores, frame: pl.LazyFrame, columns: list[pl.Expr], where: str | None) -> pl.DataFrame:
+    """The first pass.
+
+    Raises:
+        UsageError: the SQL condition can't be computed at some row.
+        TableError: the table can't be read.
+    """
+    try:
+        return fetch(frame.select(columns), scores.name)
+    except TableError as error:
+        if where is None:
+            raise
+        # Whose fault it is shows when the same columns are read and nothing is computed from them.
+        names = sorted({name for column in columns for name in column.meta.root_names()})
+        decoded = pl.struct(names).map_batches(pl.Series.is_null, return_dtype=pl.Boolean, is_elementwise=True)
+        fetch(frame.select(decoded.any()), scores.name)
+        raise UsageError(f"--where '{where}': {str(error.__cause__).splitlines()[0]}") from error
+
+
 def _decided_by(scores: Scores, options: FilterOptions) -> pl.LazyFrame:
     if options.calibration is None:
         return scores.frame
-    from zscore.calibration import apply_calibration, check_made_for  # scipy's 0.3 s are for those who use it
+    from zscore.calibration import apply_calibration, check_made_for
 
     check_made_for(options.calibration, scores.metadata, scores.name)
     return apply_calibration(scores.frame, options.calibration)
@@ -239,7 +300,7 @@ def _ranking(scores: Scores, options: FilterOptions) -> ScoreExpression | None:
         return None
     if not 0 < options.fraction <= 1:
         raise UsageError(f"--fraction {options.fraction:g}: give a share above 0 and at most 1, like 0.3")
-    return ScoreExpression(options.score, scores.dimensions)
+    return ScoreExpression(options.ranked_by, scores.dimensions)
 
 
 def _columns(criteria: Sequence[Criterion], options: FilterOptions, ranking: ScoreExpression | None) -> list[pl.Expr]:
@@ -251,7 +312,7 @@ def _columns(criteria: Sequence[Criterion], options: FilterOptions, ranking: Sco
     if options.dedupe:
         columns.append(pl.col("sha256").hash().alias("picture"))
     if ranking is not None:
-        columns.append(ranking.expr().alias("rank"))
+        columns.append(ranking.exact().alias("rank"))
     return columns
 
 
@@ -294,7 +355,10 @@ def _beyond_fraction(scores: Scores, rank: pl.Series, passing: Mask, fraction: f
 def _count(scores: Scores, code_N: NDArray[np.uint8], reasons: Sequence[str]) -> dict[str, int]:
     """Dropped rows by reason; those without scores by their status."""
     counts = np.bincount(code_N, minlength=256)
-    found = {reason: int(counts[number]) for number, reason in enumerate(reasons, 1) if counts[number]}
+    found: dict[str, int] = {}
+    for number, reason in enumerate(reasons, 1):  # two criteria may share a reason
+        if counts[number]:
+            found[reason] = found.get(reason, 0) + int(counts[number])
     if counts[NOT_OK]:
         found |= failures(scores)
     return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))

@@ -4,6 +4,9 @@ TRL takes `prompt`, `chosen` and `rejected` as text; here the two name pictures,
 sha256 of both sides stand in columns of their own, so that a loader can put the pictures themselves in their place.
 There is no column `images`: TRL takes that for what the prompt shows.
 
+Rows that have a score and no distribution (nothing, NaN, infinity or less than 0 at a level, no mass at all) are in no
+pair.
+
 `probability` is P(chosen > rejected) + ½ P(chosen = rejected) under the model's own distributions, the two pictures
 and the dimensions taken as independent.
 
@@ -84,7 +87,7 @@ class PairOptions:
             UsageError: a bound that can't hold, or a score whose distribution isn't known.
             TableError: a column that pairs need is missing.
         """
-        if self.min_gap < 0:
+        if not 0 <= self.min_gap < float("inf"):
             raise UsageError(f"--min-gap {self.min_gap:g}: give 0 or more")
         if self.max_pairs is not None and self.max_pairs < 1:
             raise UsageError(f"--max-pairs {self.max_pairs}: give 1 or more")
@@ -92,6 +95,18 @@ class PairOptions:
         scores.require("prompt", *(name for name, _ in _SIDE), *(f"{name}_probs" for name in expression.leaves()))
         if not scores.values:
             raise TableError("--pairs: the files' rubrics have different levels; pair them one by one")
+
+
+def has_distribution(scores: Scores, expression: ScoreExpression) -> pl.Expr:
+    """Whether a row has one in every dimension that the score reads."""
+    found = []
+    for name in dict.fromkeys(expression.leaves()):
+        column, length = f"{name}_probs", len(scores.values)
+        levels = [scores.level(column, k).cast(pl.Float64) for k in range(length)]
+        found += [level.is_finite() & (level >= 0) for level in levels]
+        # One level more than the rubric has would be none of its distributions either.
+        found += [pl.sum_horizontal(levels) > 0, scores.level(column, length).is_null()]
+    return pl.all_horizontal(found).fill_null(value=False)
 
 
 def choose_pairs(ranking: Ranking, options: PairOptions) -> Pairs:

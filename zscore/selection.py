@@ -16,12 +16,14 @@ import polars as pl
 from zscore.errors import UsageError
 from zscore.expressions import ScoreExpression
 from zscore.group_statistics import group_statistics, write_statistics
-from zscore.pairs import choose_pairs, write_pairs
+from zscore.pairs import choose_pairs, has_distribution, write_pairs
 from zscore.ranking import rank
 from zscore.table_output import check_targets, derived, failures, fetch, sink, written
 from zscore.tables import OVERALL, ROW, is_ok, looked_up
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from zscore.group_statistics import GroupStatistics
     from zscore.pairs import PairOptions
     from zscore.ranking import Ranking
@@ -74,6 +76,8 @@ class Candidates:
     """Of the whole table."""
     dropped: dict[str, int]
     """By reason: a status, `nonfinite_score` or `no_group`."""
+    pairable: Ranking
+    """Those that pairs are made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +90,13 @@ class SelectSummary:
     statistics: GroupStatistics
     pairs: int | None
     """None where none were asked for."""
+    unpaired: int
+    """Candidates that are in no pair, for they have no distribution."""
 
     def counts(self) -> dict[str, object]:
         """For the metadata."""
         found: dict[str, object] = {"rows": self.rows, "selected": self.selected, "dropped": self.dropped}
-        return {**found, "groups": self.statistics.groups, "pairs": self.pairs or 0}
+        return {**found, "groups": self.statistics.groups, "pairs": self.pairs or 0, "unpaired": self.unpaired}
 
 
 def select(scores: Scores, options: SelectOptions, targets: SelectTargets, *, dry_run: bool) -> SelectSummary:
@@ -101,22 +107,16 @@ def select(scores: Scores, options: SelectOptions, targets: SelectTargets, *, dr
         TableError: a table that can't be read or lacks a column.
         OutputError: an output can't be written.
     """
-    check_targets(scores.files, {"--out": targets.best, "--pairs": targets.pairs, "--stats": targets.statistics})
-    if options.best < 1:
-        raise UsageError(f"--best {options.best}: keep at least 1 of each group")
-    if not 0 <= options.risk < float("inf"):
-        raise UsageError(f"--risk {options.risk:g}: give 0 or more; 1 ranks by mean − std")
-    expression = ScoreExpression(options.score, scores.dimensions)
-    if options.pairs is not None:
-        options.pairs.check(scores, expression)
+    expression = _check(scores, options, targets)
     found = candidates(scores, options, expression)
-    pairs = choose_pairs(found.ranking, options.pairs) if options.pairs is not None else None
+    pairs = choose_pairs(found.pairable, options.pairs) if options.pairs is not None else None
     summary = SelectSummary(
         rows=found.rows,
         selected=int(np.minimum(found.ranking.sizes(), options.best).sum()),
         dropped=found.dropped,
         statistics=group_statistics(found.ranking),
         pairs=None if pairs is None else len(pairs),
+        unpaired=len(found.ranking.key_M) - len(found.pairable.key_M),
     )
     if not dry_run:
         metadata = derived(scores.metadata, "select", options.described(), summary.counts())
@@ -128,6 +128,24 @@ def select(scores: Scores, options: SelectOptions, targets: SelectTargets, *, dr
             if statistics_stream is not None:
                 write_statistics(scores, options.by, found.ranking, statistics_stream, metadata)
     return summary
+
+
+def _check(scores: Scores, options: SelectOptions, targets: SelectTargets) -> ScoreExpression:
+    """The score, once nothing is left that can't hold."""
+    outputs = {"--out": targets.best, "--pairs": targets.pairs, "--stats": targets.statistics}
+    check_targets(scores.files, outputs, scores.sources)
+    if options.best < 1:
+        raise UsageError(f"--best {options.best}: keep at least 1 of each group")
+    if not 0 <= options.risk < float("inf"):
+        raise UsageError(f"--risk {options.risk:g}: give 0 or more; 1 ranks by mean − std")
+    if options.pairs is not None and targets.pairs is None:
+        raise UsageError("--min-gap and --max-pairs say which pairs are taken: give --pairs FILE too")
+    if options.pairs is None and targets.pairs is not None:
+        raise UsageError(f"--pairs {targets.pairs}: no pairs are asked for; set SelectOptions.pairs")
+    expression = ScoreExpression(options.score, scores.dimensions)
+    if options.pairs is not None:
+        options.pairs.check(scores, expression)
+    return expression
 
 
 def candidates(scores: Scores, options: SelectOptions, expression: ScoreExpression) -> Candidates:
@@ -151,19 +169,27 @@ def candidates(scores: Scores, options: SelectOptions, expression: ScoreExpressi
         .then(pl.lit(_NONFINITE, pl.UInt8))
         .otherwise(pl.lit(_TAKEN, pl.UInt8))
     )
-    query = scores.frame.select(group.hash().alias("group"), score.alias("score"), code.alias("code"))
+    whole = has_distribution(scores, expression) if options.pairs is not None else pl.lit(value=True)
+    query = scores.frame.select(group=group.hash(), score=score, code=code, whole=whole)
     found = fetch(query, scores.name)
     taken = found["code"].to_numpy() == _TAKEN
-    ranking = rank(
-        found["group"].to_numpy()[taken],
-        found["score"].to_numpy()[taken],
-        np.flatnonzero(taken).astype(np.uint32),
-    )
+    ranking = _rank(found, taken)
+    paired = taken & found["whole"].to_numpy()
     counts = np.bincount(found["code"].to_numpy(), minlength=4)
     dropped = {"nonfinite_score": int(counts[_NONFINITE]), "no_group": int(counts[_NO_GROUP])}
     dropped |= failures(scores) if counts[_NOT_OK] else {}
     by_count = sorted(dropped.items(), key=lambda pair: (-pair[1], pair[0]))
-    return Candidates(expression, ranking, len(taken), {reason: count for reason, count in by_count if count})
+    dropped = {reason: count for reason, count in by_count if count}
+    pairable = ranking if np.array_equal(paired, taken) else _rank(found, paired)
+    return Candidates(expression, ranking, len(taken), dropped, pairable)
+
+
+def _rank(found: pl.DataFrame, taken: NDArray[np.bool_]) -> Ranking:
+    return rank(
+        found["group"].to_numpy()[taken],
+        found["score"].to_numpy()[taken],
+        np.flatnonzero(taken).astype(np.uint32),
+    )
 
 
 def best_rows(scores: Scores, options: SelectOptions, found: Candidates) -> pl.LazyFrame:

@@ -15,7 +15,7 @@ import polars as pl
 from zscore.errors import TableError, UsageError
 from zscore.parquet import METADATA_KEY, ROWS_PER_GROUP
 from zscore.store import is_local, open_store, split_out
-from zscore.tables import is_ok
+from zscore.tables import is_ok, would_read
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def check_targets(inputs: Sequence[str], targets: Mapping[str, str | None]) -> None:
-    """Refuse outputs that are an input, a folder, or one another.
+def check_targets(inputs: Sequence[str], targets: Mapping[str, str | None], sources: Sequence[str] = ()) -> None:
+    """Refuse outputs that are an input or would become one, a folder, or one another.
 
     Args:
         inputs: files that are read.
         targets: paths or urls by the option that names them; None where it isn't given.
+        sources: folders and globs that the inputs were found by.
 
     Raises:
         UsageError: says which.
@@ -45,6 +46,11 @@ def check_targets(inputs: Sequence[str], targets: Mapping[str, str | None]) -> N
         for name in inputs:
             if _same_file(target, name):
                 raise UsageError(f"{option} {target} is the table that is read: give another name")
+        for source in sources:
+            if would_read(source, target):
+                raise UsageError(
+                    f"{option} {target} would be read as a part of {source} from then on: write it somewhere else"
+                )
         for other, path in taken.items():
             if _same_file(target, path):
                 raise UsageError(f"{option} and {other} name the same file, {target}: give another name")

@@ -8,6 +8,8 @@ that fsspec uses everywhere else.
 from __future__ import annotations
 
 import glob
+import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -54,6 +56,8 @@ class Scores:
     rows: int
     numbered: pl.LazyFrame
     """The same rows with their numbers in the column `ROW`."""
+    sources: tuple[str, ...] = ()
+    """What it was opened by: files, folders, globs, urls."""
 
     def where(self, mask: NDArray[np.bool_]) -> pl.LazyFrame:
         """Rows by a mask over all of them, in their order, with the column `ROW`."""
@@ -81,6 +85,12 @@ class Scores:
     def values(self) -> tuple[float, ...]:
         """Level values in the order of the `*_probs` lists; empty where the files' levels differ."""
         return tuple(float(level["value"]) for level in self.metadata["rubric"]["levels"])
+
+    def level(self, column: str, k: int) -> pl.Expr:
+        """The probability of level k in a column `*_probs`; null where there is none."""
+        if isinstance(self.schema[column], pl.Array):
+            return pl.col(column).arr.get(k, null_on_oob=True)
+        return pl.col(column).list.get(k, null_on_oob=True)
 
     def require(self, *columns: str) -> None:
         """Refuse a table without these columns.
@@ -147,7 +157,9 @@ def open_scores(*sources: str, allow_mixed: bool | None = False) -> Scores:
     Raises:
         TableError: a file that is missing, isn't a scores table, or was scored differently from the first.
     """
-    files = list(dict.fromkeys(file for source in sources for file in _files(source)))
+    found = [file for source in sources for file in _files(source)]
+    named = {_identity(file): file for file in reversed(found)}  # by the first of several spellings
+    files = list(dict.fromkeys(named[_identity(file)] for file in found))
     if len(files) > _FOOTERS_AT_ONCE:
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
             footers = list(pool.map(_footer, files))
@@ -165,12 +177,43 @@ def open_scores(*sources: str, allow_mixed: bool | None = False) -> Scores:
         _check_types(file, schema, metadata["rubric"]["dimensions"])
     frame, numbered = _scan(files, schemas)
     rows = sum(rows for _, _, rows in footers)
-    return Scores(frame, frame.collect_schema(), metadata, tuple(files), rows, numbered)
+    return Scores(frame, frame.collect_schema(), metadata, tuple(files), rows, numbered, sources)
+
+
+def would_read(source: str, target: str) -> bool:
+    """Whether a source of `open_scores`, a folder or a glob, would take a new file for one of its own."""
+    source, target = _plain(source), _plain(target)
+    if is_local(source) != is_local(target):
+        return False
+    if is_local(source):
+        if Path(source).is_dir():
+            source, target = str(Path(source).resolve()), str(Path(target).resolve())
+        elif Path(source).exists():
+            return False
+        else:
+            source, target = (os.path.abspath(path) for path in (source, target))  # noqa: PTH100  # links stay
+    folder = source.rstrip("/") + "/"
+    if target.startswith(folder):
+        return target.endswith(".parquet") and _is_visible(Path(target.removeprefix(folder)))
+    if not any(sign in source for sign in "*?["):
+        return False
+    from fsspec.utils import glob_translate
+
+    return re.match(glob_translate(source), target) is not None
+
+
+def _plain(path: str) -> str:
+    return path.removeprefix("file://").removeprefix("local://")
+
+
+def _identity(file: str) -> str:
+    """One name for one file, however it is spelt."""
+    return str(Path(file).resolve()) if is_local(file) else file
 
 
 def _files(source: str) -> list[str]:
     """Parquet files behind one argument, sorted by path inside a folder or glob."""
-    source = source.removeprefix("file://").removeprefix("local://")
+    source = _plain(source)
     if not is_local(source):
         return _remote_files(source)
     path = Path(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,8 +10,6 @@ import typer
 from zscore.cli.evaluate import COLUMN_HELP, FORMAT_HELP, MAP_HELP, load_ratings, table
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from zscore_trainers.annotations import Annotations
 
 

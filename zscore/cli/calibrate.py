@@ -42,8 +42,8 @@ def calibrate(
     \b
     What --confidence 0.9 promises: if rated and scored pictures are exchangeable (drawn alike), the expected share of
     kept pictures whose human score is below the minimum is at most 10 %. It is an expectation over the draw of both:
-    one run may have more. It is about what this rule keeps; other criteria of the same call come on top. Pictures of
-    one prompt are alike: rate many prompts rather than many pictures of few.
+    one run may have more. It is about all that this rule keeps: what another filter leaves of it may be worse. Pictures
+    of one prompt are alike: rate many prompts rather than many pictures of few.
 
     \b
     Ratings outside the rubric's levels are refused. Those of a --format with a scale of its own (imagereward 1 to 7,

@@ -40,14 +40,20 @@ def filter_scores(
         float | None, typer.Option(help="Best share of what meets all the above: 0.3. Ties go by (shard, index).")
     ] = None,
     score: Annotated[
-        str, typer.Option(help="What --fraction ranks by: overall, a dimension, 'min(alignment, realism)'.")
-    ] = "overall",
+        str | None,
+        typer.Option(
+            help="What --fraction ranks by: overall, a dimension, 'min(alignment, realism)'.", show_default="overall"
+        ),
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Decide by calibrated scores: a file made by zscore calibrate.")
     ] = None,
     confidence: Annotated[
         float | None,
-        typer.Option(help="With --calibration, raise --min so that this share of the kept truly reaches it: 0.9."),
+        typer.Option(
+            help="With --calibration and one --min: keep so much that the expected share that truly reaches --min is at"
+            " least this: 0.9."
+        ),
     ] = None,
     out: Annotated[str, typer.Option(help="Kept rows; replaced if it exists.")] = "kept.parquet",
     columns: Annotated[
@@ -78,7 +84,13 @@ def filter_scores(
 
     \b
     The uids of --npy are the table's column 'uid', or the first 32 digits of the pictures' sha256.
-    The promise of --confidence holds for --min alone; what else is asked for narrows the set.
+
+    \b
+    What --confidence 0.9 promises: if rated and scored pictures are exchangeable (drawn alike), the expected share of
+    kept pictures whose human score is below --min is at most 10 %, over the draw of both; an empty set counts as 0,
+    and one run may have more. That is a promise about everything that the rule keeps: a part of it may hold all the
+    bad ones. So --confidence takes one --min and no other criterion, and a table that wasn't filtered before; what a
+    second filter makes of the kept file carries no promise.
     """
     from zscore.criteria import FilterOptions
     from zscore.expressions import parse_bounds, parse_probability

@@ -28,10 +28,13 @@ def select(
     risk: Annotated[float, typer.Option(help="Rank by mean - risk * std instead of the mean.")] = 0.0,
     out: Annotated[str, typer.Option(help="The best rows; replaced if it exists.")] = "best.parquet",
     pairs: Annotated[str | None, typer.Option(help="Also write preference pairs for DPO training.")] = None,
-    min_gap: Annotated[float, typer.Option(help="Least difference of scores in a pair.")] = 0.0,
+    min_gap: Annotated[
+        float | None, typer.Option(help="Least difference of scores in a pair.", show_default="0")
+    ] = None,
     max_pairs: Annotated[
-        int, typer.Option(min=0, help="Pairs per group, the widest gaps first; 0 takes all that differ.")
-    ] = 1,
+        int | None,
+        typer.Option(min=0, help="Pairs per group, the widest gaps first; 0 takes all that differ.", show_default="1"),
+    ] = None,
     stats: Annotated[str | None, typer.Option(help="Also write a row per group: candidates, best, mean, gain.")] = None,
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Take files that were scored with different rubrics or models.")
@@ -58,7 +61,8 @@ def select(
     \b
     Pairs have the columns prompt, chosen and rejected that TRL's DPO trainers read, the latter two as SHARD/KEY; then
     shard, index, key, sha256 and score of both sides, the gap, and the probability that the chosen one is better
-    under the model's two distributions (ties count half, dimensions are taken as independent).
+    under the model's two distributions (ties count half, dimensions are taken as independent). A row without a
+    distribution of everything that --score reads is in no pair.
     """
     from zscore.pairs import PairOptions
     from zscore.selection import SelectOptions, SelectTargets
@@ -70,7 +74,9 @@ def select(
         by=by,
         score=score,
         risk=risk,
-        pairs=PairOptions(min_gap=min_gap, max_pairs=max_pairs or None) if pairs is not None else None,
+        pairs=PairOptions(min_gap=min_gap or 0.0, max_pairs=1 if max_pairs is None else max_pairs or None)
+        if any(option is not None for option in (pairs, min_gap, max_pairs))
+        else None,
     )
     targets = SelectTargets(best=out, pairs=pairs, statistics=stats)
     table = open_scores(*(scores or ["scores.parquet"]), allow_mixed=allow_mixed)
@@ -96,6 +102,8 @@ def _report(summary: SelectSummary, targets: SelectTargets, *, dry_run: bool) ->
         say("nothing is selected: no row has a group and a score")
     if summary.pairs is not None:
         say(f"{summary.pairs} pairs" if summary.pairs else "no pairs: no group has scores that differ enough")
+    if summary.unpaired:
+        say(f"{summary.unpaired} rows are in no pair: they have a score and no distribution")
     files = [name for name in (targets.best, targets.pairs, targets.statistics) if name]
     say("dry run: nothing is written" if dry_run else f"wrote {', '.join(files)}")
 

@@ -1,0 +1,289 @@
+"""`zscore train` from end to end on the rubric world, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from tests.scores_factory import row, write_scores
+from tests.trainers import world_set
+from zscore.cli.app import build_app
+from zscore.errors import ModelError, TableError, UsageError
+from zscore.rubrics.rubric import load_rubric
+from zscore.scorer import Scorer
+from zscore.shards import expand
+from zscore_trainers.annotations import BuildOptions, build, write
+from zscore_trainers.held_out import HeldOut, is_held_out
+from zscore_trainers.recipes import RECIPES, load_recipe, settings
+from zscore_trainers.targets import read_targets
+from zscore_trainers.train import TrainOptions, train
+from zscore_trainers.world.shards import WorldOptions, write_world
+
+RUBRIC = world_set.RUBRIC
+FAST = ("steps=4", "batch_size=4", "micro_batch=4", "save_every=2", "evaluate_every=2", "held_out=0.3", "warmup=1")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Shards, annotations and a body."""
+    from zscore.human import read_table
+
+    root = tmp_path_factory.mktemp("train")
+    write_world(root / "world", WorldOptions(prompts=8, candidates=2, raters=3))
+    ratings = read_table(str(root / "world" / "ratings.csv"), {}, RUBRIC.names)
+    options = BuildOptions(values=RUBRIC.values, min_agreement=-1, test_share=0.0)
+    write(build(ratings, expand([str(root / "world")]), options), root / "annotated")
+    world_set.body(root / "body")
+    return root
+
+
+def options(world, out, **changes):
+    chosen = {
+        "algorithm": "sft",
+        "data": str(world / "annotated" / "annotations.parquet"),
+        "shards": (str(world / "world"),),
+        "model": str(world / "body"),
+        "out": out,
+    }
+    return TrainOptions(**(chosen | changes))
+
+
+@pytest.fixture(scope="module")
+def made(world, tmp_path_factory):
+    """A short run: its folder, what it returned, what it logged."""
+    out, steps = tmp_path_factory.mktemp("run"), []
+    trained = train(options(world, out / "run"), load_recipe("tiny", FAST), lambda _, found: steps.append(found))
+    return out / "run", trained, steps
+
+
+class TestRun:
+    def test_it_trains_on_some_prompts_and_evaluates_on_others(self, made):
+        _, trained, steps = made
+        assert trained.steps == len(steps) == 4
+        assert trained.samples + trained.held_out == 16
+        assert trained.held_out > 0
+        assert trained.left_out == 0
+        assert [any(name.startswith("hpa") for name in found) for found in steps] == [False, True, False, True]
+        assert set(trained.metrics) >= {"plcc_realism", "plcc_overall", "hpa_overall"}
+
+    def test_the_result_is_served_at_once_with_the_scores_that_training_saw(self, made, world):
+        """bfloat16 on disk: distributions within 2e-2 of the float32 policy's."""
+        out, trained, _ = made
+        about = json.loads((trained.model / "zscore.json").read_text())
+        assert (about["rubric"], about["layout"], about["max_pixels"]) == ("shapes", "joint", 9216)
+        assert "sft on" in about["trained"]
+        assert json.loads((trained.model / "config.json").read_text())["dtype"] == "bfloat16"
+        train_set = world_set.world_set(out / "again", prompts=8)
+        collate = world_set.collator(train_set, out / "again", trained.model)
+        policy = world_set.load(trained.model)
+        with torch.no_grad():
+            wanted = policy(collate(range(3))[0], with_logprobs=False).score_logits_BDK.softmax(-1).numpy()
+        import io
+
+        from PIL import Image
+
+        pictures = []
+        for index in range(3):
+            place = train_set.places[index]
+            data = (out / "again" / "pictures.bin").read_bytes()[place.start : place.start + place.size]
+            pictures.append((train_set.samples[index].prompt, Image.open(io.BytesIO(data))))
+        collate.pictures.close()
+        with Scorer(str(trained.model), engine="transformers", dtype="float32") as scorer:
+            found = scorer.score(pictures)
+        for mine, theirs in zip(found, wanted, strict=True):
+            probs = np.stack([mine[name].probs for name in RUBRIC.names])
+            np.testing.assert_allclose(probs, theirs, atol=1e-4)
+
+    def test_a_second_run_into_the_folder_is_refused_but_for_resume(self, made, world):
+        out, _, _ = made
+        with pytest.raises(UsageError, match="holds a run already: give --resume"):
+            train(options(world, out), load_recipe("tiny", FAST))
+        with pytest.raises(UsageError, match="was made with recipe"):
+            train(options(world, out, resume=True), load_recipe("tiny", (*FAST, "mass=0.1")))
+        assert train(options(world, out, resume=True), load_recipe("tiny", FAST)).steps == 4
+
+    def test_a_teacher_s_scores_are_distilled(self, world, tmp_path):
+        teacher = tmp_path / "teacher.parquet"
+        rows = [row(index, shard="world-000000.tar") for index in range(16)]
+        rows[3] = row(3, shard="world-000000.tar", status="bad_image")
+        write_scores(teacher, rows, rubric=RUBRIC)
+        made = train(
+            options(world, tmp_path / "run", algorithm="risd", data=str(teacher)),
+            load_recipe("tiny", (*FAST, "steps=1")),
+        )
+        assert made.samples + made.held_out == 15
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("changes", "error", "said"),
+        [
+            ({"algorithm": "sgd"}, UsageError, "no algorithm is called 'sgd': there are sft, risd"),
+            ({"model": "./nowhere"}, ModelError, "no model folder at './nowhere'"),
+            ({"data": "nowhere.parquet"}, TableError, "nowhere.parquet"),
+        ],
+    )
+    def test_arguments(self, world, tmp_path, changes, error, said):
+        with pytest.raises(error, match=said):
+            train(options(world, tmp_path / "run", **changes), load_recipe("tiny", FAST))
+
+    def test_shards_that_hold_none_of_it(self, world, tmp_path):
+        write_world(tmp_path / "other" / "deeper", WorldOptions(prompts=1, candidates=1, raters=1, per_shard=1))
+        (tmp_path / "other" / "deeper" / "world-000000.tar").rename(tmp_path / "other" / "x.tar")
+        changed = options(world, tmp_path / "run", shards=(str(tmp_path / "other"),))
+        with pytest.raises(UsageError, match=r"none of the 16 samples of .*annotations\.parquet is in the shards"):
+            train(changed, load_recipe("tiny", FAST))
+
+    def test_everything_held_out(self, world, tmp_path):
+        with pytest.raises(UsageError, match="all 16 samples are held out: lower held_out"):
+            train(options(world, tmp_path / "run"), load_recipe("tiny", (*FAST, "held_out=1.0")))
+
+
+class TestTargets:
+    def labels(self, tmp_path, **columns):
+        frame = pl.DataFrame({"shard": ["a.tar"] * 3, "index": [0, 1, 2], "prompt": ["p"] * 3, "split": "train"})
+        values = {name: [1.0, 3.5, 5.0] for name in RUBRIC.names} | columns
+        path = tmp_path / "labels.parquet"
+        frame.with_columns(**{name: pl.Series(one) for name, one in values.items()}).write_parquet(path)
+        return str(path)
+
+    def test_labels_become_the_level(self, tmp_path):
+        found = read_targets(self.labels(tmp_path), RUBRIC)
+        assert {key: one.argmax(-1).tolist() for key, one in found.items()} == {
+            ("a.tar", 0): [0] * 4,
+            ("a.tar", 1): [5] * 4,
+            ("a.tar", 2): [8] * 4,
+        }
+
+    def test_a_picture_without_a_label_is_left_out(self, tmp_path):
+        assert set(read_targets(self.labels(tmp_path, realism=[1.0, None, 5.0]), RUBRIC)) == {
+            ("a.tar", 0),
+            ("a.tar", 2),
+        }
+
+    def test_another_scale_and_another_split(self, tmp_path):
+        with pytest.raises(TableError, match=r"a label is outside 1 to 5: the labels are on another scale"):
+            read_targets(self.labels(tmp_path, realism=[1.0, 3.0, 100.0]), RUBRIC)
+        with pytest.raises(TableError, match="no sample to train on in its test split"):
+            read_targets(self.labels(tmp_path), RUBRIC, "test")
+        with pytest.raises(TableError, match="no labels of 'quality'"):
+            read_targets(self.labels(tmp_path), load_rubric("q-align"))
+
+    def test_scores_of_another_rubric(self, tmp_path):
+        path = write_scores(tmp_path / "scores.parquet", [row(0)])
+        with pytest.raises(TableError, match="scored with rubric 'z-reward', whose dimensions or levels aren't"):
+            read_targets(str(path), load_rubric("q-align"))
+        assert read_targets(str(path), load_rubric("z-reward")).keys() == {(row(0).shard, 0)}
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("name", sorted(RECIPES))
+    def test_every_setting_has_one_place(self, name):
+        recipe = load_recipe(name)
+        assert load_rubric(recipe.rubric).name == recipe.rubric
+        assert {"steps", "learning_rate", "batch_size", "layout"} <= set(settings(recipe))
+
+    def test_settings_are_changed_by_name(self):
+        recipe = load_recipe(
+            "tiny", ["steps=7", "mass=0", "layout=separate", "betas=0.8,0.9", "gradient_checkpointing=true"]
+        )
+        changed = settings(recipe)
+        assert (changed["steps"], changed["mass"], changed["layout"]) == (7, 0.0, "separate")
+        assert changed["betas"] == (0.8, 0.9)
+        assert changed["gradient_checkpointing"] is True
+
+    @pytest.mark.parametrize(
+        ("name", "change", "said"),
+        [
+            ("tinny", "steps=1", "no recipe is called 'tinny': did you mean 'tiny'?"),
+            ("tiny", "step=1", "--set step: no such setting: did you mean 'steps'?"),
+            ("tiny", "steps", "--set 'steps': write KEY=VALUE"),
+            ("tiny", "steps=many", "--set steps=many: a value like 2000 is wanted"),
+            ("tiny", "steps=0", "steps is 0: at least 1"),
+            ("tiny", "gradient_checkpointing=perhaps", "a value like False is wanted"),
+        ],
+    )
+    def test_what_cannot_be_meant(self, name, change, said):
+        with pytest.raises(UsageError) as raised:
+            load_recipe(name, [change])
+        assert said in str(raised.value)
+
+
+class TestHeldOut:
+    def test_a_share_of_the_prompts(self):
+        held = [is_held_out(f"prompt {number}", 0.2) for number in range(2000)]
+        assert 0.16 < np.mean(held) < 0.24
+        assert not any(is_held_out(f"prompt {number}", 0.0) for number in range(100))
+
+    def test_a_policy_that_knows_the_answers_is_right(self, world, tmp_path):
+        train_set = world_set.world_set(tmp_path / "world", prompts=6)
+        collate = world_set.collator(train_set, tmp_path / "world", world / "body")
+
+        class Oracle(torch.nn.Module):
+            """Gives each sample's own target."""
+
+            def __init__(self, sign):
+                super().__init__()
+                self.sign = torch.nn.Parameter(torch.tensor(float(sign)))
+                self.next = 0
+
+            def forward(self, batch, *, with_logprobs):
+                found = torch.from_numpy(train_set.targets_NDK[self.next : self.next + len(batch.tokens_BT)])
+                self.next += len(found)
+                probs = found if self.sign > 0 else found.flip(-1)
+                return type("Output", (), {"score_logits_BDK": probs.clamp(min=1e-9).log()})
+
+        right = HeldOut(collate, RUBRIC.names, RUBRIC.values, 5)(Oracle(1))
+        wrong = HeldOut(collate, RUBRIC.names, RUBRIC.values, 5)(Oracle(-1))
+        collate.pictures.close()
+        assert right["hpa_overall"] == 1
+        assert right["plcc_realism"] == pytest.approx(1, abs=1e-6)
+        assert wrong["hpa_overall"] == 0
+        assert wrong["plcc_realism"] == pytest.approx(-1, abs=1e-6)
+
+
+class TestCommands:
+    def call(self, *arguments):
+        from typer.testing import CliRunner
+
+        return CliRunner().invoke(build_app(), [str(one) for one in arguments])
+
+    def test_from_ratings_to_a_model(self, world, tmp_path):
+        made = self.call(
+            "annotations",
+            "build",
+            world / "world" / "ratings.csv",
+            world / "world",
+            "--out",
+            tmp_path / "annotated",
+            "--rubric",
+            "shapes",
+            "--test-share",
+            0,
+        )
+        assert made.exit_code == 0, made.output
+        assert "16 pictures (0 for testing)" in made.output
+        assert "rater0" in made.output
+        changes = [part for change in (*FAST, "steps=1") for part in ("--set", change)]
+        trained = self.call(
+            "train",
+            "sft",
+            world / "world",
+            "--data",
+            tmp_path / "annotated" / "annotations.parquet",
+            "--model",
+            world / "body",
+            "--out",
+            tmp_path / "run",
+            "--recipe",
+            "tiny",
+            *changes,
+        )
+        assert trained.exit_code == 0, trained.output
+        assert "hpa_overall" in trained.output
+        assert "1 steps on" in trained.output
+        assert (tmp_path / "run" / "model" / "model.safetensors").exists()
