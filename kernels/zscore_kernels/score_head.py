@@ -40,7 +40,7 @@ def score_head(
             and sums are float32 anyway, and a bfloat16 copy is half the bytes to read.
         values_K: what each level is worth, in rubric units.
         bias_K: added to the logits.
-        temperature: divides the logits (and the bias).
+        temperature: divides the logits (and the bias); a normal float32 number above 0.
         backend: "auto" takes the kernels on CUDA and plain torch elsewhere; "triton" or "reference" force one of
             them ("triton" on a CPU runs the kernels in Triton's interpreter: slow, for tests).
 
@@ -52,12 +52,12 @@ def score_head(
         RuntimeError: CUDA input without an importable triton.
     """
     checks.check_backend(backend)
-    checks.check_temperature(temperature)
+    temperature = checks.check_temperature(temperature)
     checks.check_head(hidden_BH, weight_KH, bias_K)
     checks.check_values(values_K, weight_KH.shape[0], hidden_BH)
     if not _takes_kernels("score_head", hidden_BH, backend):
         return reference.score_head(hidden_BH, weight_KH, values_K, bias_K, temperature)
-    probs_BK, stats_3B, logits_BK = ops.head(hidden_BH, weight_KH, values_K, bias_K, float(temperature))
+    probs_BK, stats_3B, logits_BK = ops.head(hidden_BH, weight_KH, values_K, bias_K, temperature)
     return ScoreHead(probs_BK, stats_3B[0], stats_3B[1], stats_3B[2], logits_BK)
 
 
@@ -108,13 +108,13 @@ def score_from_logits(
         RuntimeError: CUDA input without an importable triton.
     """
     checks.check_backend(backend)
-    checks.check_temperature(temperature)
+    temperature = checks.check_temperature(temperature)
     checks.check_vocabulary(logits_BV, token_ids_K)
     checks.check_values(values_K, token_ids_K.shape[0], logits_BV)
     if not _takes_kernels("score_from_logits", logits_BV, backend):
         return reference.score_from_logits(logits_BV, token_ids_K, values_K, temperature, with_mass=with_mass)
     probs_BK, stats_3B, logits_BK, mass_3B = ops.from_logits(
-        logits_BV, token_ids_K, values_K, float(temperature), with_mass=with_mass
+        logits_BV, token_ids_K, values_K, temperature, with_mass=with_mass
     )
     head = ScoreHead(probs_BK, stats_3B[0], stats_3B[1], stats_3B[2], logits_BK)
     return ScoreHeadMass(*head, mass_3B[0]) if with_mass else head
@@ -153,12 +153,12 @@ def score_head_kl(
     """
     checks.check_backend(backend)
     checks.check_reduction(reduction)
-    checks.check_temperature(temperature)
+    temperature = checks.check_temperature(temperature)
     checks.check_head(hidden_BH, weight_KH, bias_K)
     checks.check_target(target_probs_BK, hidden_BH.shape[0], weight_KH.shape[0], hidden_BH)
     if not _takes_kernels("score_head_kl", hidden_BH, backend):
         return reference.score_head_kl(hidden_BH, weight_KH, target_probs_BK, bias_K, temperature, reduction=reduction)
-    loss_B, _ = ops.head_kl(hidden_BH, weight_KH, target_probs_BK, bias_K, float(temperature))
+    loss_B, _ = ops.head_kl(hidden_BH, weight_KH, target_probs_BK, bias_K, temperature)
     return reference.reduce_loss(loss_B, reduction)
 
 
