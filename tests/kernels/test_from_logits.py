@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,6 +103,36 @@ def test_nothing_is_read_beyond_the_vocabulary(mass):
     poisoned = torch.full((4, 100), torch.nan)
     poisoned[:3, :61] = random_logits(3, 61).detach()
     check_from_logits(poisoned[:3, :61].requires_grad_(), random_ids(5, 61), 1.0, run("triton", mass), mass=mass)
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Addresses of all elements that the interpreter really loads: those under a mask."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load = InterpreterBuilder.create_masked_load
+    addresses = set()
+
+    def record(self, ptrs, mask, *rest):
+        addresses.update(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].tolist())
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", record)
+    return addresses
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("classes", [2, 3, 5, 9, 17, 33, 63, 64])
+def test_without_the_mass_nothing_but_the_k_columns_is_read(loaded, classes, backward):
+    """Masked lanes too: what they read is thrown away, and would still cost a sector of memory a row."""
+    logits_BV = random_logits(3, 70)
+    ids_K = torch.randperm(66, generator=torch.Generator().manual_seed(classes))[:classes] + 3
+    head = score_from_logits(logits_BV, ids_K, torch.arange(float(classes)), backend="triton")
+    if backward:
+        sum(output.sum() for output in head).backward()
+    elements = [(address - logits_BV.data_ptr()) // 4 for address in loaded]
+    read = {element for element in elements if 0 <= element < logits_BV.numel()}
+    assert read == {70 * row + column for row in range(3) for column in ids_K.tolist()}
 
 
 def test_an_unknown_id_gives_nan_where_it_can_not_be_refused():
