@@ -8,7 +8,7 @@ Shape suffixes: B rows, H hidden size, K score classes, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 import torch
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zscore_kernels.checks import Backend, Reduction
+
+Result = TypeVar("Result")
 
 
 def score_head(
@@ -56,7 +58,7 @@ def score_head(
     checks.check_head(hidden_BH, weight_KH, bias_K)
     checks.check_values(values_K, weight_KH.shape[0], hidden_BH)
     if not _takes_kernels("score_head", hidden_BH, backend):
-        return reference.score_head(hidden_BH, weight_KH, values_K, bias_K, temperature)
+        return _counted("score_head", reference.score_head(hidden_BH, weight_KH, values_K, bias_K, temperature))
     probs_BK, stats_3B, logits_BK = ops.head(hidden_BH, weight_KH, values_K, bias_K, temperature)
     return ScoreHead(probs_BK, stats_3B[0], stats_3B[1], stats_3B[2], logits_BK)
 
@@ -112,7 +114,10 @@ def score_from_logits(
     checks.check_vocabulary(logits_BV, token_ids_K)
     checks.check_values(values_K, token_ids_K.shape[0], logits_BV)
     if not _takes_kernels("score_from_logits", logits_BV, backend):
-        return reference.score_from_logits(logits_BV, token_ids_K, values_K, temperature, with_mass=with_mass)
+        return _counted(
+            "score_from_logits",
+            reference.score_from_logits(logits_BV, token_ids_K, values_K, temperature, with_mass=with_mass),
+        )
     probs_BK, stats_3B, logits_BK, mass_3B = ops.from_logits(
         logits_BV, token_ids_K, values_K, temperature, with_mass=with_mass
     )
@@ -157,7 +162,10 @@ def score_head_kl(
     checks.check_head(hidden_BH, weight_KH, bias_K)
     checks.check_target(target_probs_BK, hidden_BH.shape[0], weight_KH.shape[0], hidden_BH)
     if not _takes_kernels("score_head_kl", hidden_BH, backend):
-        return reference.score_head_kl(hidden_BH, weight_KH, target_probs_BK, bias_K, temperature, reduction=reduction)
+        return _counted(
+            "score_head_kl",
+            reference.score_head_kl(hidden_BH, weight_KH, target_probs_BK, bias_K, temperature, reduction=reduction),
+        )
     loss_B, _ = ops.head_kl(hidden_BH, weight_KH, target_probs_BK, bias_K, temperature)
     return reference.reduce_loss(loss_B, reduction)
 
@@ -166,11 +174,14 @@ def _takes_kernels(name: str, beside: Tensor, backend: Backend) -> bool:
     """Whether the kernels run. CUDA never falls back: a slow path taken in silence is a bug that nobody sees."""
     device = beside.device.type
     if backend == "auto":
-        backend = "triton" if device == "cuda" else "reference"
-    if backend == "reference":
-        if not torch.compiler.is_compiling():
-            launch.backend_calls["reference"] += 1
-        return False
-    if device not in ("cuda", "cpu"):
+        backend = "triton" if device in launch.KERNEL_DEVICES else "reference"
+    if backend == "triton" and device not in ("cuda", "cpu"):
         raise ValueError(f"{name}: backend='triton' can't run on {device}; move the input to CUDA or pass 'reference'")
-    return True
+    return backend == "triton"
+
+
+def _counted(name: str, result: Result) -> Result:
+    """Counts an operation that plain torch has done; what a compiled graph does isn't seen from here."""
+    if not torch.compiler.is_compiling():
+        launch.backend_calls["reference", name] += 1
+    return result

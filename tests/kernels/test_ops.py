@@ -104,6 +104,6 @@ def test_importing_loads_no_triton_and_its_own_switch_works_too():
         "assert 'triton' not in sys.modules\n"
         "head = z.score_head(torch.ones(1, 4), torch.zeros(2, 4), torch.tensor([1.0, 3.0]), backend='triton')\n"
         "assert head.mean_B.tolist() == [2.0], head\n"
-        "assert z.backend_calls == {'interpreter': 1}, z.backend_calls\n"
+        "assert z.backend_calls == {('interpreter', 'head_kernel'): 1}, z.backend_calls\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
