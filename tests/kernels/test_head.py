@@ -105,6 +105,16 @@ def test_confident_heads_keep_a_small_variance(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0, 1e4])
+def test_a_variance_has_a_square_root(backend, scale):
+    """Every term is a probability times a square, in that rounding too: callers need no clamp."""
+    hidden_BH, weight_KH, values_K, _ = Case(rows=40, width=16, scale=scale).tensors(grad=False)
+    var_B = score_head(hidden_BH, weight_KH, values_K / 3, backend=backend).var_B
+    assert (var_B >= 0).all()
+    assert torch.isfinite(var_B.sqrt()).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [0, 1])
 def test_empty_and_single_batches(backend, rows):
     hidden_BH, weight_KH, values_K, bias_K = Case(rows=rows).tensors()
