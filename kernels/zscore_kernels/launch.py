@@ -264,9 +264,9 @@ def hidden_gradient(grad_BK: Tensor, weight_KH: Tensor, dtype: torch.dtype) -> T
 def weight_gradient(grad_BK: Tensor, hidden_BH: Tensor, dtype: torch.dtype) -> Tensor:
     """grad_BKᵀ · hidden_BH in two stages: at most MAX_SPLITS runs of rows, then the runs in order."""
     (rows, width), classes = hidden_BH.shape, grad_BK.shape[1]
-    out_KH = grad_BK.new_zeros((classes, width), dtype=dtype)
+    out_KH = grad_BK.new_empty((classes, width), dtype=dtype)
     if rows == 0:
-        return out_KH
+        return out_KH.zero_()
     hidden_BH, stride, unit = aligned_rows(hidden_BH)
     run = min(rows, max(MIN_ROWS_PER_SPLIT, -(-rows // MAX_SPLITS)))
     splits = -(-rows // run)
