@@ -10,22 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.engines.pooling import H, K, Request, imported_model, step
 from zscore.demo.student import demo_student
 from zscore.distribution import EXTRA
 from zscore.engines import vllm_plugin
 
-H, K = 8, 5
 vllm_only = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")
 def model():
-    from zscore.engines.vllm_start import prepare_import, quiet
-
-    prepare_import()
-    with quiet():  # vLLM's imports warn of their own deprecations
-        from zscore.engines import vllm_model
-    return vllm_model
+    return imported_model()
 
 
 @pytest.fixture
@@ -34,36 +29,6 @@ def pooler(model):
     head = model.LevelHead(range(K), [float(level) for level in range(K)], H)
     head.fill(torch.randn(K, H))
     return model.ProbePooler(head)
-
-
-class Request:
-    """One request's hidden states, fed to the pooler in chunks."""
-
-    def __init__(self, seed: int, length: int, probes: tuple[int, ...]) -> None:
-        from vllm.v1.pool.metadata import PoolingStates
-
-        self.hidden = torch.randn(length, H, generator=torch.Generator().manual_seed(seed))
-        self.probes, self.state, self.done = probes, PoolingStates(), 0
-
-
-def step(pooler, requests, counts):
-    """Feed the next `counts` tokens of each request, as vLLM lays them out: one after the other."""
-    from vllm import PoolingParams
-    from vllm.v1.pool.metadata import PoolingMetadata
-
-    hidden = torch.cat([r.hidden[r.done : r.done + n] for r, n in zip(requests, counts, strict=True)])
-    for request, count in zip(requests, counts, strict=True):
-        request.done += count
-    metadata = PoolingMetadata(
-        prompt_lens=torch.tensor([len(r.hidden) for r in requests]),
-        prompt_token_ids=None,
-        prompt_token_ids_cpu=None,
-        pooling_params=[PoolingParams(task="classify", extra_kwargs={"probes": list(r.probes)}) for r in requests],
-        pooling_states=[r.state for r in requests],
-    )
-    ends = torch.tensor([r.done for r in requests])
-    metadata.build_pooling_cursor(np.array(counts), ends, device=torch.device("cpu"))
-    return pooler(hidden, metadata)
 
 
 def expected(pooler, request):

@@ -56,7 +56,7 @@ class LevelHead(torch.nn.Module):
                 f"the output projection is stored as {weight_VH.dtype}: float32, bfloat16 or float16 weights are needed"
             )
         dtype = torch.float32 if weight_VH.dtype == torch.float64 else weight_VH.dtype
-        self.weight_KH = weight_VH[torch.tensor(self.token_ids)].to(self.values_K.device, dtype)
+        self.weight_KH = weight_VH[self.token_ids].to(self.values_K.device, dtype)
         self.filled = True
 
     def forward(self, hidden_BH: torch.Tensor) -> torch.Tensor:
