@@ -16,6 +16,7 @@ from zscore_kernels import checks, launch, ops, reference
 from zscore_kernels.reference import ScoreHead, ScoreHeadMass
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Int, Real
     from torch import Tensor
 
     from zscore_kernels.checks import Backend, Reduction
@@ -24,10 +25,10 @@ Result = TypeVar("Result")
 
 
 def score_head(
-    hidden_BH: Tensor,
-    weight_KH: Tensor,
-    values_K: Tensor,
-    bias_K: Tensor | None = None,
+    hidden_BH: Float[Tensor, "B H"],
+    weight_KH: Float[Tensor, "K H"],
+    values_K: Real[Tensor, " K"],
+    bias_K: Float[Tensor, " K"] | None = None,
     temperature: float = 1.0,
     *,
     backend: Backend = "auto",
@@ -65,9 +66,9 @@ def score_head(
 
 @overload
 def score_from_logits(
-    logits_BV: Tensor,
-    token_ids_K: Tensor,
-    values_K: Tensor,
+    logits_BV: Float[Tensor, "B V"],
+    token_ids_K: Int[Tensor, " K"],
+    values_K: Real[Tensor, " K"],
     temperature: float = 1.0,
     *,
     with_mass: Literal[False] = False,
@@ -75,18 +76,18 @@ def score_from_logits(
 ) -> ScoreHead: ...
 @overload
 def score_from_logits(
-    logits_BV: Tensor,
-    token_ids_K: Tensor,
-    values_K: Tensor,
+    logits_BV: Float[Tensor, "B V"],
+    token_ids_K: Int[Tensor, " K"],
+    values_K: Real[Tensor, " K"],
     temperature: float = 1.0,
     *,
     with_mass: Literal[True],
     backend: Backend = "auto",
 ) -> ScoreHeadMass: ...
 def score_from_logits(
-    logits_BV: Tensor,
-    token_ids_K: Tensor,
-    values_K: Tensor,
+    logits_BV: Float[Tensor, "B V"],
+    token_ids_K: Int[Tensor, " K"],
+    values_K: Real[Tensor, " K"],
     temperature: float = 1.0,
     *,
     with_mass: bool = False,
@@ -126,15 +127,15 @@ def score_from_logits(
 
 
 def score_head_kl(
-    hidden_BH: Tensor,
-    weight_KH: Tensor,
-    target_probs_BK: Tensor,
-    bias_K: Tensor | None = None,
+    hidden_BH: Float[Tensor, "B H"],
+    weight_KH: Float[Tensor, "K H"],
+    target_probs_BK: Float[Tensor, "B K"],
+    bias_K: Float[Tensor, " K"] | None = None,
     temperature: float = 1.0,
     *,
     reduction: Reduction = "mean",
     backend: Backend = "auto",
-) -> Tensor:
+) -> Float32[Tensor, "*B"]:
     """Distils a target distribution into the head: KL(target ‖ softmax(logits)), differentiable as `score_head` is.
 
     Loss and gradient of the logits come from one pass over the hidden states; nothing of size V is ever made. The

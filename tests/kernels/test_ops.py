@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import typing
 
+import jaxtyping
 import pytest
 import torch
 
+import zscore_kernels
 from tests.kernels.oracle import Case
-from zscore_kernels import score_from_logits, score_head, score_head_kl
+from zscore_kernels import reference, score_from_logits, score_head, score_head_kl
 
 pytest.importorskip("triton")
 
@@ -97,11 +100,33 @@ def test_inference_mode():
         assert score_head(*tensors, backend="triton").mean_B.shape == (2,)
 
 
+@pytest.mark.parametrize("module", [zscore_kernels, reference])
+def test_annotated_shapes_are_those_of_the_tensors(module):
+    hidden_BH, weight_KH, values_K, bias_K = Case(rows=2, width=8, classes=3).tensors(grad=False)
+    target_BK = Case(rows=2, classes=3).target()
+    calls = [
+        (module.score_head, (hidden_BH, weight_KH, values_K, bias_K), {}),
+        (module.score_head_kl, (hidden_BH, weight_KH, target_BK, bias_K), {"reduction": "none"}),
+        (module.score_from_logits, (hidden_BH, IDS, values_K), {"with_mass": True}),
+    ]
+    for function, arguments, options in calls:
+        names = vars(jaxtyping) | {"Tensor": torch.Tensor, "Reduction": str, "Backend": str}
+        hints = typing.get_type_hints(function, localns=names)
+        result = function(*arguments, **options)
+        pairs = list(zip(arguments, hints.values(), strict=False))
+        if isinstance(result, tuple):
+            pairs += zip(result, typing.get_type_hints(type(result), localns=names).values(), strict=True)
+        else:
+            pairs.append((result, hints["return"]))
+        with jaxtyping.jaxtyped("context"):  # one size a letter
+            assert [isinstance(tensor, hint) for tensor, hint in pairs] == [True] * len(pairs), function.__name__
+
+
 def test_importing_loads_no_triton_and_its_own_switch_works_too():
     """With TRITON_INTERPRET=1 triton.jit itself interprets; everywhere else in these tests the launcher does."""
     script = (
         "import sys, torch, zscore_kernels as z\n"
-        "assert 'triton' not in sys.modules\n"
+        "assert not {'triton', 'jaxtyping'} & set(sys.modules)\n"
         "head = z.score_head(torch.ones(1, 4), torch.zeros(2, 4), torch.tensor([1.0, 3.0]), backend='triton')\n"
         "assert head.mean_B.tolist() == [2.0], head\n"
         "assert z.backend_calls == {('interpreter', 'head_kernel'): 1}, z.backend_calls\n"
