@@ -10,6 +10,7 @@ import typing
 import jaxtyping
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zscore_kernels
 from tests.kernels.oracle import Case
@@ -61,6 +62,28 @@ def test_compiles_without_a_graph_break():
     assert torch.equal(found, wanted)
     for one, other in zip(torch.autograd.grad(found, [hidden_BH, weight_KH, bias_K]), gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that ran, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        if not operator.is_view and operator is not torch.ops.aten.detach.default:
+            self.names.append(operator.name().split("::")[1].partition(".")[0])
+        return operator(*arguments, **(options or {}))
+
+
+def test_the_backward_of_the_loss_launches_nothing_needless():
+    """What kernels/README.md says of it; `weight_gradient` is two kernels."""
+    hidden_BH, weight_KH, _, bias_K = Case(rows=2, width=8, classes=3).tensors()
+    loss = score_head_kl(hidden_BH, weight_KH, Case(rows=2, classes=3).target(), bias_K, backend="triton")
+    with Calls() as calls:
+        torch.autograd.grad(loss, [hidden_BH, weight_KH, bias_K])
+    assert calls.names == ["ones_like", "div", "mul", "hidden_gradient", "weight_gradient", "sum"]
 
 
 @pytest.mark.parametrize("operation", ["head", "kl", "from_logits"])
