@@ -25,7 +25,7 @@ def score_probes(hidden_BH: torch.Tensor, weight_KH: torch.Tensor, values_K: tor
 
     Args:
         hidden_BH: last hidden states at the probes, after the final norm; float32, bfloat16 or float16.
-        weight_KH: rows of the output projection for the K level tokens, float32.
+        weight_KH: rows of the output projection for the K level tokens, in the checkpoint's dtype.
         values_K: level values in rubric units, float32.
 
     Returns:
@@ -36,9 +36,7 @@ def score_probes(hidden_BH: torch.Tensor, weight_KH: torch.Tensor, values_K: tor
     from zscore_kernels import score_head
 
     head = score_head(hidden_BH, weight_KH, values_K)
-    # Rounding may leave a one-hot's variance a hair below zero.
-    std_B = head.var_B.clamp_min(0).sqrt()
-    return torch.cat([head.probs_BK, torch.stack([head.mean_B, std_B, head.entropy_B], dim=1)], dim=1)
+    return torch.cat([head.probs_BK, torch.stack([head.mean_B, head.var_B.sqrt(), head.entropy_B], dim=1)], dim=1)
 
 
 def unpack(packed_DW: NDArray[np.float32]) -> LevelScores | Failure:

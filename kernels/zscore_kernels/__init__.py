@@ -1,6 +1,6 @@
 """The score head: hidden states or logits → distribution over K levels, its mean, variance and entropy.
 
-Triton on CUDA, plain torch elsewhere, picked by the device of the input. `backend_calls` counts which path ran.
+Triton on CUDA, plain torch elsewhere, picked by the device of the input. `backend_calls` counts what ran where.
 """
 
 from zscore_kernels import reference

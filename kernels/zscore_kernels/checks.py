@@ -21,6 +21,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 MIN_CLASSES: Final = 2
 MAX_CLASSES: Final = 64
+FLOAT32: Final = torch.finfo(torch.float32)
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,12 +37,21 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction={reduction!r} is unknown; take 'mean', 'sum' or 'none'")
 
 
-def check_temperature(temperature: float) -> None:
-    """Refuses a temperature that is no finite positive number."""
+def check_temperature(temperature: float) -> float:
+    """Refuses a temperature that is no normal float32 number above 0, which is what the kernels divide by."""
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature is a {type(temperature).__name__}; pass a float (a tensor: its .item())")
-    if not math.isfinite(temperature) or temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be finite and above 0; 1.0 leaves the logits as they are")
+    try:
+        number = float(temperature)
+    except OverflowError:  # an int beyond float64, perhaps too long to print
+        number = math.copysign(math.inf, 1 if temperature > 0 else -1)
+    if not FLOAT32.tiny <= number <= FLOAT32.max:
+        shown = temperature if math.isfinite(number) else number
+        raise ValueError(
+            f"temperature={shown} must be a normal float32 number, from {FLOAT32.tiny} to {FLOAT32.max};"
+            " 1.0 leaves the logits as they are"
+        )
+    return number
 
 
 def check_head(hidden_BH: Tensor, weight_KH: Tensor, bias_K: Tensor | None) -> None:

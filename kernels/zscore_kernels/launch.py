@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-backend_calls: Counter[str] = Counter()
-"""How often each path ran: `triton` (compiled), `interpreter` (the kernels on a CPU), `reference` (plain torch)."""
+backend_calls: Counter[tuple[str, str]] = Counter()
+"""What has run, by path and name: ("triton", kernel) for each launch of a compiled kernel, ("interpreter", kernel) for
+each in Triton's interpreter, ("reference", operation) for plain torch. Counted once it has succeeded."""
 
+KERNEL_DEVICES: Final = ("cuda",)
+"""Where backend="auto" takes the kernels."""
 LANES: Final = 128
 WARPS: Final = LANES // 32
 """One lane a thread: see head_kernels.py."""
@@ -120,10 +123,19 @@ def kernel(name: str, beside: Tensor) -> Any:
 
 
 def _launch(name: str, grid: tuple[int, ...], *args: object, beside: Tensor, **constants: object) -> None:
-    """Runs a kernel on the device of `beside`."""
+    """Runs a kernel on the device of `beside`, and counts it once it is in the queue."""
     found = kernel(name, beside)
     with _on(beside):
         found[grid](*args, **constants, **_OPTIONS)
+    # Not by the device: under TRITON_INTERPRET=1 tensors of a GPU are interpreted too, on the host.
+    backend_calls["triton" if isinstance(found, _compiled_type()) else "interpreter", name] += 1
+
+
+@cache
+def _compiled_type() -> type:
+    from triton.runtime.jit import JITFunction
+
+    return JITFunction  # type: ignore[no-any-return]
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:
@@ -194,7 +206,6 @@ def _project(
     *,
     temperature: float,
 ) -> None:
-    backend_calls["interpreter" if hidden_BH.device.type == "cpu" else "triton"] += 1
     rows, width = hidden_BH.shape
     if rows == 0:
         return
@@ -253,9 +264,9 @@ def hidden_gradient(grad_BK: Tensor, weight_KH: Tensor, dtype: torch.dtype) -> T
 def weight_gradient(grad_BK: Tensor, hidden_BH: Tensor, dtype: torch.dtype) -> Tensor:
     """grad_BKᵀ · hidden_BH in two stages: at most MAX_SPLITS runs of rows, then the runs in order."""
     (rows, width), classes = hidden_BH.shape, grad_BK.shape[1]
-    out_KH = grad_BK.new_zeros((classes, width), dtype=dtype)
+    out_KH = grad_BK.new_empty((classes, width), dtype=dtype)
     if rows == 0:
-        return out_KH
+        return out_KH.zero_()
     hidden_BH, stride, unit = aligned_rows(hidden_BH)
     run = min(rows, max(MIN_ROWS_PER_SPLIT, -(-rows // MAX_SPLITS)))
     splits = -(-rows // run)
@@ -278,7 +289,6 @@ def from_logits_forward(
     logits_BV: Tensor, token_ids_K: Tensor, values_K: Tensor, temperature: float, *, with_mass: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns probs_BK, stats_3B, logits_BK and mass_3B: log mass, then the row's maximum and log-sum about it."""
-    backend_calls["interpreter" if logits_BV.device.type == "cpu" else "triton"] += 1
     (rows, width), classes = logits_BV.shape, token_ids_K.shape[0]
     outputs = new_head(logits_BV, classes)
     mass_3B = new_mass(logits_BV, with_mass=with_mass)

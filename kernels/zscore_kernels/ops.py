@@ -157,10 +157,11 @@ def _setup_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     hidden_BH, weight_KH, _, bias_K, _ = inputs
     ctx.bias_dtype = None if bias_K is None else bias_K.dtype
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of what has none
     ctx.save_for_backward(hidden_BH, weight_KH, output[1])
 
 
-def _backward_kl(ctx: Any, grad_loss_B: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_kl(ctx: Any, grad_loss_B: Tensor, _: None) -> tuple[Tensor | None, ...]:
     grad_BK = grad_loss_B[:, None] * ctx.saved_tensors[2]
     grad_hidden_BH, grad_weight_KH, grad_bias_K = _projected(ctx, grad_BK)
     return grad_hidden_BH, grad_weight_KH, None, grad_bias_K, None

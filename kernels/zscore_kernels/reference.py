@@ -15,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Real
     from torch import Tensor
 
     from zscore_kernels.checks import Reduction
@@ -26,39 +27,48 @@ _CHUNK_ELEMENTS: Final = 1 << 18
 class ScoreHead(NamedTuple):
     """Score distributions of B rows over K levels, float32."""
 
-    probs_BK: Tensor
+    probs_BK: Float[Tensor, "B K"]
     """Softmax of the logits."""
-    mean_B: Tensor
+    mean_B: Float[Tensor, " B"]
     """Expected level value."""
-    var_B: Tensor
+    var_B: Float[Tensor, " B"]
     """Variance of the level value."""
-    entropy_B: Tensor
+    entropy_B: Float[Tensor, " B"]
     """Shannon entropy in nats."""
-    logits_BK: Tensor
+    logits_BK: Float[Tensor, "B K"]
     """(hidden·weightᵀ + bias) / temperature."""
 
 
 class ScoreHeadMass(NamedTuple):
     """`ScoreHead` of full-vocabulary logits, with the share of the vocabulary's probability that the K tokens hold."""
 
-    probs_BK: Tensor
-    mean_B: Tensor
-    var_B: Tensor
-    entropy_B: Tensor
-    logits_BK: Tensor
-    log_mass_B: Tensor
+    probs_BK: Float[Tensor, "B K"]
+    mean_B: Float[Tensor, " B"]
+    var_B: Float[Tensor, " B"]
+    entropy_B: Float[Tensor, " B"]
+    logits_BK: Float[Tensor, "B K"]
+    log_mass_B: Float[Tensor, " B"]
     """Logarithm of the K tokens' summed probability under softmax over V, at temperature 1."""
 
 
 def score_head(
-    hidden_BH: Tensor, weight_KH: Tensor, values_K: Tensor, bias_K: Tensor | None = None, temperature: float = 1.0
+    hidden_BH: Float[Tensor, "B H"],
+    weight_KH: Float[Tensor, "K H"],
+    values_K: Real[Tensor, " K"],
+    bias_K: Float[Tensor, " K"] | None = None,
+    temperature: float = 1.0,
 ) -> ScoreHead:
     """Hidden states → score distributions; see `zscore_kernels.score_head`."""
     return _head(_logits(hidden_BH, weight_KH, bias_K, temperature), values_K, _result_dtype(hidden_BH))
 
 
 def score_from_logits(
-    logits_BV: Tensor, token_ids_K: Tensor, values_K: Tensor, temperature: float = 1.0, *, with_mass: bool = False
+    logits_BV: Float[Tensor, "B V"],
+    token_ids_K: Int[Tensor, " K"],
+    values_K: Real[Tensor, " K"],
+    temperature: float = 1.0,
+    *,
+    with_mass: bool = False,
 ) -> ScoreHead | ScoreHeadMass:
     """Full-vocabulary logits → score distributions; see `zscore_kernels.score_from_logits`."""
     dtype = _result_dtype(logits_BV)
@@ -70,14 +80,14 @@ def score_from_logits(
 
 
 def score_head_kl(
-    hidden_BH: Tensor,
-    weight_KH: Tensor,
-    target_probs_BK: Tensor,
-    bias_K: Tensor | None = None,
+    hidden_BH: Float[Tensor, "B H"],
+    weight_KH: Float[Tensor, "K H"],
+    target_probs_BK: Float[Tensor, "B K"],
+    bias_K: Float[Tensor, " K"] | None = None,
     temperature: float = 1.0,
     *,
     reduction: Reduction = "mean",
-) -> Tensor:
+) -> Float[Tensor, "*B"]:
     """KL(target ‖ score distribution); see `zscore_kernels.score_head_kl`."""
     log_q_BK = torch.log_softmax(_logits(hidden_BH, weight_KH, bias_K, temperature), 1)
     target_BK = target_probs_BK.double()
@@ -87,7 +97,7 @@ def score_head_kl(
     return reduce_loss(loss_B.to(_result_dtype(hidden_BH)), reduction)
 
 
-def reduce_loss(loss_B: Tensor, reduction: Reduction) -> Tensor:
+def reduce_loss(loss_B: Float[Tensor, " B"], reduction: Reduction) -> Float[Tensor, "*B"]:
     """Mean, sum or the rows themselves; an empty batch has loss 0, so that it can't poison a training step."""
     if reduction == "none":
         return loss_B
@@ -95,7 +105,7 @@ def reduce_loss(loss_B: Tensor, reduction: Reduction) -> Tensor:
     return total if reduction == "sum" else total / max(loss_B.shape[0], 1)
 
 
-def fold_sum(terms: Tensor) -> Tensor:
+def fold_sum(terms: Float[Tensor, "*B N"]) -> Float[Tensor, "*B"]:
     """Sums the last axis in halves: elementwise additions, whose order depends on the axis' length alone."""
     while terms.shape[-1] > 1:
         half = terms.shape[-1] // 2

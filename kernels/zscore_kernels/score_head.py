@@ -8,7 +8,7 @@ Shape suffixes: B rows, H hidden size, K score classes, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 import torch
 
@@ -16,16 +16,19 @@ from zscore_kernels import checks, launch, ops, reference
 from zscore_kernels.reference import ScoreHead, ScoreHeadMass
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, Int, Real
     from torch import Tensor
 
     from zscore_kernels.checks import Backend, Reduction
 
+Result = TypeVar("Result")
+
 
 def score_head(
-    hidden_BH: Tensor,
-    weight_KH: Tensor,
-    values_K: Tensor,
-    bias_K: Tensor | None = None,
+    hidden_BH: Float[Tensor, "B H"],
+    weight_KH: Float[Tensor, "K H"],
+    values_K: Real[Tensor, " K"],
+    bias_K: Float[Tensor, " K"] | None = None,
     temperature: float = 1.0,
     *,
     backend: Backend = "auto",
@@ -40,7 +43,7 @@ def score_head(
             and sums are float32 anyway, and a bfloat16 copy is half the bytes to read.
         values_K: what each level is worth, in rubric units.
         bias_K: added to the logits.
-        temperature: divides the logits (and the bias).
+        temperature: divides the logits (and the bias); a normal float32 number above 0.
         backend: "auto" takes the kernels on CUDA and plain torch elsewhere; "triton" or "reference" force one of
             them ("triton" on a CPU runs the kernels in Triton's interpreter: slow, for tests).
 
@@ -52,20 +55,20 @@ def score_head(
         RuntimeError: CUDA input without an importable triton.
     """
     checks.check_backend(backend)
-    checks.check_temperature(temperature)
+    temperature = checks.check_temperature(temperature)
     checks.check_head(hidden_BH, weight_KH, bias_K)
     checks.check_values(values_K, weight_KH.shape[0], hidden_BH)
     if not _takes_kernels("score_head", hidden_BH, backend):
-        return reference.score_head(hidden_BH, weight_KH, values_K, bias_K, temperature)
-    probs_BK, stats_3B, logits_BK = ops.head(hidden_BH, weight_KH, values_K, bias_K, float(temperature))
+        return _counted("score_head", reference.score_head(hidden_BH, weight_KH, values_K, bias_K, temperature))
+    probs_BK, stats_3B, logits_BK = ops.head(hidden_BH, weight_KH, values_K, bias_K, temperature)
     return ScoreHead(probs_BK, stats_3B[0], stats_3B[1], stats_3B[2], logits_BK)
 
 
 @overload
 def score_from_logits(
-    logits_BV: Tensor,
-    token_ids_K: Tensor,
-    values_K: Tensor,
+    logits_BV: Float[Tensor, "B V"],
+    token_ids_K: Int[Tensor, " K"],
+    values_K: Real[Tensor, " K"],
     temperature: float = 1.0,
     *,
     with_mass: Literal[False] = False,
@@ -73,18 +76,18 @@ def score_from_logits(
 ) -> ScoreHead: ...
 @overload
 def score_from_logits(
-    logits_BV: Tensor,
-    token_ids_K: Tensor,
-    values_K: Tensor,
+    logits_BV: Float[Tensor, "B V"],
+    token_ids_K: Int[Tensor, " K"],
+    values_K: Real[Tensor, " K"],
     temperature: float = 1.0,
     *,
     with_mass: Literal[True],
     backend: Backend = "auto",
 ) -> ScoreHeadMass: ...
 def score_from_logits(
-    logits_BV: Tensor,
-    token_ids_K: Tensor,
-    values_K: Tensor,
+    logits_BV: Float[Tensor, "B V"],
+    token_ids_K: Int[Tensor, " K"],
+    values_K: Real[Tensor, " K"],
     temperature: float = 1.0,
     *,
     with_mass: bool = False,
@@ -108,28 +111,31 @@ def score_from_logits(
         RuntimeError: CUDA input without an importable triton.
     """
     checks.check_backend(backend)
-    checks.check_temperature(temperature)
+    temperature = checks.check_temperature(temperature)
     checks.check_vocabulary(logits_BV, token_ids_K)
     checks.check_values(values_K, token_ids_K.shape[0], logits_BV)
     if not _takes_kernels("score_from_logits", logits_BV, backend):
-        return reference.score_from_logits(logits_BV, token_ids_K, values_K, temperature, with_mass=with_mass)
+        return _counted(
+            "score_from_logits",
+            reference.score_from_logits(logits_BV, token_ids_K, values_K, temperature, with_mass=with_mass),
+        )
     probs_BK, stats_3B, logits_BK, mass_3B = ops.from_logits(
-        logits_BV, token_ids_K, values_K, float(temperature), with_mass=with_mass
+        logits_BV, token_ids_K, values_K, temperature, with_mass=with_mass
     )
     head = ScoreHead(probs_BK, stats_3B[0], stats_3B[1], stats_3B[2], logits_BK)
     return ScoreHeadMass(*head, mass_3B[0]) if with_mass else head
 
 
 def score_head_kl(
-    hidden_BH: Tensor,
-    weight_KH: Tensor,
-    target_probs_BK: Tensor,
-    bias_K: Tensor | None = None,
+    hidden_BH: Float[Tensor, "B H"],
+    weight_KH: Float[Tensor, "K H"],
+    target_probs_BK: Float[Tensor, "B K"],
+    bias_K: Float[Tensor, " K"] | None = None,
     temperature: float = 1.0,
     *,
     reduction: Reduction = "mean",
     backend: Backend = "auto",
-) -> Tensor:
+) -> Float32[Tensor, "*B"]:
     """Distils a target distribution into the head: KL(target ‖ softmax(logits)), differentiable as `score_head` is.
 
     Loss and gradient of the logits come from one pass over the hidden states; nothing of size V is ever made. The
@@ -153,12 +159,15 @@ def score_head_kl(
     """
     checks.check_backend(backend)
     checks.check_reduction(reduction)
-    checks.check_temperature(temperature)
+    temperature = checks.check_temperature(temperature)
     checks.check_head(hidden_BH, weight_KH, bias_K)
     checks.check_target(target_probs_BK, hidden_BH.shape[0], weight_KH.shape[0], hidden_BH)
     if not _takes_kernels("score_head_kl", hidden_BH, backend):
-        return reference.score_head_kl(hidden_BH, weight_KH, target_probs_BK, bias_K, temperature, reduction=reduction)
-    loss_B, _ = ops.head_kl(hidden_BH, weight_KH, target_probs_BK, bias_K, float(temperature))
+        return _counted(
+            "score_head_kl",
+            reference.score_head_kl(hidden_BH, weight_KH, target_probs_BK, bias_K, temperature, reduction=reduction),
+        )
+    loss_B, _ = ops.head_kl(hidden_BH, weight_KH, target_probs_BK, bias_K, temperature)
     return reference.reduce_loss(loss_B, reduction)
 
 
@@ -166,11 +175,14 @@ def _takes_kernels(name: str, beside: Tensor, backend: Backend) -> bool:
     """Whether the kernels run. CUDA never falls back: a slow path taken in silence is a bug that nobody sees."""
     device = beside.device.type
     if backend == "auto":
-        backend = "triton" if device == "cuda" else "reference"
-    if backend == "reference":
-        if not torch.compiler.is_compiling():
-            launch.backend_calls["reference"] += 1
-        return False
-    if device not in ("cuda", "cpu"):
+        backend = "triton" if device in launch.KERNEL_DEVICES else "reference"
+    if backend == "triton" and device not in ("cuda", "cpu"):
         raise ValueError(f"{name}: backend='triton' can't run on {device}; move the input to CUDA or pass 'reference'")
-    return True
+    return backend == "triton"
+
+
+def _counted(name: str, result: Result) -> Result:
+    """Counts an operation that plain torch has done; what a compiled graph does isn't seen from here."""
+    if not torch.compiler.is_compiling():
+        launch.backend_calls["reference", name] += 1
+    return result

@@ -63,7 +63,8 @@ def from_logits_kernel(
     rows_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_batch = rows_R < num_rows
     p_P = tl.arange(0, P)
-    ids_P = tl.load(ids_ptr + p_P, mask=p_P < K, other=0).to(tl.int64)
+    # Padding has an id outside the vocabulary, so that it reads nothing.
+    ids_P = tl.load(ids_ptr + p_P, mask=p_P < K, other=-1).to(tl.int64)
     # An id outside the vocabulary can't be refused without waiting for the GPU: it reads as NaN, never as a neighbour.
     known_P = (ids_P >= 0) & (ids_P < V)
     row_step = row_stride.to(tl.int64) * UNIT

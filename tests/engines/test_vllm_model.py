@@ -10,22 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.engines.pooling import H, K, Request, imported_model, step
 from zscore.demo.student import demo_student
 from zscore.distribution import EXTRA
 from zscore.engines import vllm_plugin
 
-H, K = 8, 5
 vllm_only = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")
 def model():
-    from zscore.engines.vllm_start import prepare_import, quiet
-
-    prepare_import()
-    with quiet():  # vLLM's imports warn of their own deprecations
-        from zscore.engines import vllm_model
-    return vllm_model
+    return imported_model()
 
 
 @pytest.fixture
@@ -34,36 +29,6 @@ def pooler(model):
     head = model.LevelHead(range(K), [float(level) for level in range(K)], H)
     head.fill(torch.randn(K, H))
     return model.ProbePooler(head)
-
-
-class Request:
-    """One request's hidden states, fed to the pooler in chunks."""
-
-    def __init__(self, seed: int, length: int, probes: tuple[int, ...]) -> None:
-        from vllm.v1.pool.metadata import PoolingStates
-
-        self.hidden = torch.randn(length, H, generator=torch.Generator().manual_seed(seed))
-        self.probes, self.state, self.done = probes, PoolingStates(), 0
-
-
-def step(pooler, requests, counts):
-    """Feed the next `counts` tokens of each request, as vLLM lays them out: one after the other."""
-    from vllm import PoolingParams
-    from vllm.v1.pool.metadata import PoolingMetadata
-
-    hidden = torch.cat([r.hidden[r.done : r.done + n] for r, n in zip(requests, counts, strict=True)])
-    for request, count in zip(requests, counts, strict=True):
-        request.done += count
-    metadata = PoolingMetadata(
-        prompt_lens=torch.tensor([len(r.hidden) for r in requests]),
-        prompt_token_ids=None,
-        prompt_token_ids_cpu=None,
-        pooling_params=[PoolingParams(task="classify", extra_kwargs={"probes": list(r.probes)}) for r in requests],
-        pooling_states=[r.state for r in requests],
-    )
-    ends = torch.tensor([r.done for r in requests])
-    metadata.build_pooling_cursor(np.array(counts), ends, device=torch.device("cpu"))
-    return pooler(hidden, metadata)
 
 
 def expected(pooler, request):
@@ -144,19 +109,54 @@ def test_requests_without_probes_read_the_last_token(pooler):
 
 
 @vllm_only
-def test_head_keeps_its_rows_in_float32(model):
-    weight = torch.randn(100, H, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_head_keeps_its_rows_as_they_are_stored(model, dtype):
+    weight = torch.randn(100, H).to(dtype)
     head = model.LevelHead((7, 3, 99), (1.0, 2.0, 3.0), H)
     head.fill(weight)
-    assert head.weight_KH.dtype is torch.float32
-    assert torch.equal(head.weight_KH, weight[[7, 3, 99]].float())
+    assert head.weight_KH.dtype is dtype
+    assert torch.equal(head.weight_KH, weight[[7, 3, 99]])
+    assert head.weight_KH.untyped_storage().nbytes() == 3 * H * dtype.itemsize, "it holds the whole projection"
     assert head.state_dict() == {}  # nothing for a weight loader to miss
+    assert dict(head.named_buffers())["weight_KH"] is head.weight_KH  # moves with the model
 
 
 @vllm_only
-def test_head_refuses_quantized_rows(model):
-    with pytest.raises(ValueError, match="stored as torch.int8"):
-        model.LevelHead((0, 1), (1.0, 2.0), H).fill(torch.zeros(4, H, dtype=torch.int8))
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+def test_narrow_rows_give_the_bits_of_a_float32_copy(model, hidden_dtype):
+    head = model.LevelHead(range(K), [float(level) for level in range(K)], H)
+    head.fill(torch.randn(K, H, dtype=torch.bfloat16))
+    hidden = torch.randn(6, H).to(hidden_dtype)
+    narrow = head(hidden)
+    head.fill(head.weight_KH.float())
+    assert torch.equal(head(hidden), narrow)
+
+
+@vllm_only
+def test_head_takes_float64_rows_as_float32(model):
+    weight = torch.randn(4, H, dtype=torch.float64)
+    head = model.LevelHead((0, 1), (1.0, 2.0), H)
+    head.fill(weight)
+    assert torch.equal(head.weight_KH, weight[:2].float())
+
+
+@vllm_only
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_head_refuses_what_it_can_not_score_with(model, dtype):
+    """float8 among it: without the scale beside them its numbers mean nothing."""
+    with pytest.raises(ValueError, match=f"stored as {dtype}"):
+        model.LevelHead((0, 1), (1.0, 2.0), H).fill(torch.zeros(4, H).to(dtype))
+
+
+@vllm_only
+def test_the_pooler_follows_the_device(pooler, monkeypatch):
+    """Where the kernels are the choice of the device, they run: nothing here picks the reference."""
+    from zscore_kernels import backend_calls, launch
+
+    monkeypatch.setattr(launch, "KERNEL_DEVICES", ("cuda", "cpu"))
+    before = backend_calls.copy()
+    step(pooler, [Request(1, 9, (2, 5, 8))], [9])
+    assert backend_calls - before == {("interpreter", "head_kernel"): 1}
 
 
 @vllm_only

@@ -8,33 +8,18 @@ from functools import partial
 import pytest
 import torch
 
-from tests.kernels.oracle import Case, check_from_logits, check_head, check_kl
-from zscore_kernels import backend_calls, launch, score_from_logits, score_head, score_head_kl
+from tests.kernels.oracle import Case, LogitsCase, check_head, check_kl, check_logits
+from tests.kernels.shared import BF16, CLASSES, CUDA, same_bits
+from zscore_kernels import launch, score_from_logits, score_head, score_head_kl
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*FP_FUSION:UserWarning")]
-
-BF16 = torch.bfloat16
-CUDA = partial(Case, device="cuda")
+pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def took_the_kernels():
-    """Every test here fails if a call on CUDA took another path than the compiled kernels."""
-    before = backend_calls.copy()
-    yield
-    assert backend_calls["triton"] > before["triton"], "no kernel ran"
-    assert set(backend_calls - before) == {"triton"}, "a GPU path took the reference"
-
-
-def same_bits(found, wanted):
-    for one, other in zip(found, wanted, strict=True):
-        assert torch.equal(one.view(torch.int32), other.view(torch.int32))
-
-
-@pytest.mark.parametrize("classes", [2, 3, 5, 8, 9, 12, 16, 17, 33, 64])
-@pytest.mark.parametrize("rows", [3, 300])
-def test_every_number_of_classes(classes, rows):
-    check_head(CUDA(rows=rows, width=1000, classes=classes), score_head)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_tall_tiles(classes):
+    """Beyond SMALL_BATCH rows: tiles of several, which the shared cases don't fill."""
+    check_head(CUDA(rows=300, width=1000, classes=classes), score_head)
+    check_kl(CUDA(rows=300, width=500, classes=classes), partial(score_head_kl, reduction="none"))
 
 
 @pytest.mark.parametrize("width", [1, 3, 37, 511, 512, 513, 4096, 5120])
@@ -48,28 +33,12 @@ def test_dtypes_mix(dtype, weight_dtype):
     check_head(CUDA(rows=300, width=256, dtype=dtype, weight_dtype=weight_dtype, bias=False), score_head)
 
 
-@pytest.mark.parametrize("classes", [2, 9, 33])
-def test_kl(classes):
-    check_kl(CUDA(rows=300, width=500, classes=classes), partial(score_head_kl, reduction="none"))
-
-
 @pytest.mark.parametrize("mass", [False, True])
 @pytest.mark.parametrize("width", [50_000, 50_257])
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_from_logits(mass, width, dtype):
-    logits_BV = (torch.randn(5, width, generator=torch.Generator().manual_seed(0)) * 3).to("cuda", dtype)
-    ids_K = torch.tensor([3, width - 1, 3, 0, 77], device="cuda")
-    run = partial(score_from_logits, with_mass=mass)
-    check_from_logits(logits_BV.requires_grad_(), ids_K, 1.3, run, mass=mass)
-
-
-def test_extreme_logits():
-    weight_KH = torch.tensor([[1e4], [-1e4], [0.0]], device="cuda", requires_grad=True)
-    head = score_head(torch.ones(2, 1, device="cuda"), weight_KH, torch.arange(3.0, device="cuda"))
-    assert all(torch.isfinite(output).all() for output in head)
-    assert head.entropy_B.tolist() == [0.0, 0.0]
-    sum(output.sum() for output in head).backward()
-    assert torch.isfinite(weight_KH.grad).all()
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+def test_real_vocabularies(mass, width, dtype):
+    ids = (3, width - 1, 3, 0, 77)
+    check_logits(LogitsCase(5, width, ids=ids, dtype=dtype, mass=mass, device="cuda"), score_from_logits)
 
 
 @pytest.mark.parametrize(("width", "classes"), [(4096, 9), (4096, 5), (1000, 9), (4097, 9), (2048, 33)])
@@ -174,36 +143,6 @@ def test_the_host_never_waits():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def needs(gigabytes):
-    free, _ = torch.cuda.mem_get_info()
-    if free < gigabytes * 1e9:
-        pytest.skip(f"needs {gigabytes} GB of free GPU memory, {free / 1e9:.0f} are free")
-
-
-def test_addresses_past_2_31_elements():
-    hidden_BH, weight_KH, values_K, _ = CUDA(rows=4, width=4096, dtype=BF16).tensors(grad=False)
-    needs(16)
-    rows = 2**31 // 4096 + 8
-    many_BH = torch.zeros(rows, 4096, device="cuda", dtype=BF16)
-    many_BH[-4:] = hidden_BH
-    many_BH.requires_grad_()
-    head = score_head(many_BH, weight_KH, values_K)
-    same_bits([output[-4:] for output in head], score_head(hidden_BH, weight_KH, values_K))
-    (gradient_BH,) = torch.autograd.grad(head.mean_B[-4:].sum(), many_BH)
-    assert not gradient_BH[:-4].any()
-    assert gradient_BH[-4:].any(1).all()
-
-
-def test_vocabulary_addresses_past_2_31_elements():
-    needs(12)
-    rows = 2**31 // 200_000 + 8
-    logits_BV = torch.zeros(rows, 200_000, device="cuda", dtype=BF16)
-    logits_BV[-1] = torch.randn(200_000, device="cuda")
-    ids_K, values_K = torch.tensor([5, 199_999], device="cuda"), torch.arange(2.0, device="cuda")
-    many = score_from_logits(logits_BV, ids_K, values_K, with_mass=True)
-    same_bits([output[-1:] for output in many], score_from_logits(logits_BV[-1:], ids_K, values_K, with_mass=True))
-
-
 def test_training_memory_does_not_know_the_vocabulary():
     """Forward and backward take the gradient of hidden, the partial sums of weight's, and next to nothing else."""
     rows, width, classes = 4096, 4096, 9
@@ -248,6 +187,5 @@ def test_without_triton_a_gpu_is_refused(monkeypatch):
 
 def test_another_device_than_the_current_one():
     if torch.cuda.device_count() < 2:
-        score_head(*CUDA().tensors(grad=False))
         pytest.skip("one GPU")
     check_head(Case(device="cuda:1"), score_head)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-EPS32 = 2.0**-23
+    Place = Callable[[Tensor], Tensor]
 
 
 def head(hidden_BH: Tensor, weight_KH: Tensor, values_K: Tensor, bias_K: Tensor | None, temperature: float):
@@ -94,6 +94,29 @@ class Case:
         return (target_BK / target_BK.sum(1, keepdim=True)).to(self.device)
 
 
+@dataclass(frozen=True)
+class LogitsCase:
+    """Random arguments of `score_from_logits`, reproducible."""
+
+    rows: int
+    width: int
+    classes: int = 5
+    dtype: torch.dtype = torch.float32
+    temperature: float = 1.3
+    mass: bool = False
+    ids: tuple[int, ...] | None = None
+    device: str = "cpu"
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """logits_BV, token_ids_K, values_K."""
+        generator = torch.Generator().manual_seed(self.rows + 31 * self.width)
+        logits_BV = (torch.randn((self.rows, self.width), generator=generator) * 3).to(self.device, self.dtype)
+        ids_K = torch.randperm(self.width, generator=torch.Generator().manual_seed(self.classes))[: self.classes]
+        ids_K = ids_K if self.ids is None else torch.tensor(self.ids)
+        values_K = torch.linspace(1, 5, ids_K.numel(), device=self.device)
+        return logits_BV.requires_grad_(), ids_K.to(self.device), values_K
+
+
 def close(name: str, found: Tensor, wanted: Tensor, steps: float = 32, dtype: torch.dtype | None = None) -> None:
     """Asserts that `found` is within `steps` roundings of its dtype, at the size of the largest wanted value."""
     assert torch.isfinite(found).all(), f"{name} isn't finite"
@@ -122,32 +145,41 @@ def check(
         close(f"gradient of {name}", got, want)
 
 
-def check_head(case: Case, run: Callable[..., Sequence[Tensor]]) -> None:
-    """Asserts that `run(hidden, weight, values, bias, temperature)` agrees with float64, gradients included."""
+def check_head(case: Case, run: Callable[..., Sequence[Tensor]], place: Place | None = None) -> None:
+    """Asserts that `run(hidden, weight, values, bias, temperature)` agrees with float64, gradients included.
+
+    `place` lays out each argument: strides, surroundings.
+    """
     tensors = case.tensors()
     exacts = [exact(tensor) for tensor in tensors]
+    inputs = _placed(tensors, place)
     check(
-        run(*tensors, case.temperature), head(*exacts, case.temperature),
-        (tensors[0], tensors[1], tensors[3]), (exacts[0], exacts[1], exacts[3]),
+        run(*inputs, case.temperature), head(*exacts, case.temperature),
+        (inputs[0], inputs[1], inputs[3]), (exacts[0], exacts[1], exacts[3]),
     )  # fmt: skip
 
 
-def check_kl(case: Case, run: Callable[..., Tensor]) -> None:
+def check_kl(case: Case, run: Callable[..., Tensor], place: Place | None = None) -> None:
     """Asserts that `run(hidden, weight, target, bias, temperature)` gives the loss of each row and its gradients."""
     hidden_BH, weight_KH, _, bias_K = case.tensors()
-    target_BK = case.target()
-    exacts = [exact(tensor) for tensor in (hidden_BH, weight_KH, bias_K)]
-    found = run(hidden_BH, weight_KH, target_BK, bias_K, case.temperature)
-    wanted = kl(exacts[0], exacts[1], exact(target_BK), exacts[2], case.temperature)
-    check((found,), (wanted,), (hidden_BH, weight_KH, bias_K), exacts)
+    tensors = (hidden_BH, weight_KH, case.target(), bias_K)
+    exacts = [exact(tensor) for tensor in tensors]
+    inputs = _placed(tensors, place)
+    wanted = kl(*exacts, case.temperature)
+    found = run(*inputs, case.temperature)
+    check((found,), (wanted,), (inputs[0], inputs[1], inputs[3]), (exacts[0], exacts[1], exacts[3]))
 
 
-def check_from_logits(
-    logits_BV: Tensor, token_ids_K: Tensor, temperature: float, run: Callable[..., Sequence[Tensor]], *, mass: bool
-) -> None:
-    """Asserts that `run(logits, ids, values, temperature)` agrees with float64, gradients included."""
-    values_K = torch.linspace(1, 5, token_ids_K.numel(), device=logits_BV.device)
-    exact_logits = exact(logits_BV)
-    wanted = from_logits(exact_logits, token_ids_K.cpu(), values_K.cpu().double(), temperature)
-    found = run(logits_BV, token_ids_K, values_K, temperature)
-    check(found, wanted if mass else wanted[:5], (logits_BV,), (exact_logits,))
+def check_logits(case: LogitsCase, run: Callable[..., Sequence[Tensor]], place: Place | None = None) -> None:
+    """Asserts that `run(logits, ids, values, temperature, with_mass=…)` agrees with float64, gradients included."""
+    tensors = case.tensors()
+    inputs = _placed(tensors, place)
+    exact_logits_BV = exact(tensors[0])
+    wanted = from_logits(exact_logits_BV, tensors[1].cpu(), tensors[2].cpu().double(), case.temperature)
+    found = run(*inputs, case.temperature, with_mass=case.mass)
+    assert len(found) == len(wanted if case.mass else wanted[:5])
+    check(found, wanted if case.mass else wanted[:5], (inputs[0],), (exact_logits_BV,))
+
+
+def _placed(tensors: Sequence[Tensor | None], place: Place | None) -> list[Tensor | None]:
+    return [tensor if tensor is None or place is None else place(tensor) for tensor in tensors]

@@ -17,14 +17,20 @@ TARGET = torch.full((2, 3), 1 / 3)
 LEARNT = torch.ones(3, requires_grad=True)
 LOGITS = torch.zeros(2, 20)
 IDS = torch.tensor([1, 2, 3])
+NORMAL = "must be a normal float32 number, from 1.1754943508222875e-38 to 3.4028234663852886e+38"
 META = torch.empty(2, 8, device="meta")
 
 HEAD = [
     (ValueError, "backend='cuda' is unknown; take 'auto', 'triton' or 'reference'", {"backend": "cuda"}),
-    (ValueError, "temperature=nan must be finite and above 0", {"temperature": float("nan")}),
-    (ValueError, "temperature=inf must be finite and above 0", {"temperature": float("inf")}),
-    (ValueError, "temperature=0 must be finite and above 0", {"temperature": 0}),
-    (ValueError, "temperature=-1.5 must be finite and above 0", {"temperature": -1.5}),
+    (ValueError, f"temperature=nan {NORMAL}; 1.0 leaves the logits as they are", {"temperature": float("nan")}),
+    (ValueError, f"temperature=inf {NORMAL}", {"temperature": float("inf")}),
+    (ValueError, f"temperature=0 {NORMAL}", {"temperature": 0}),
+    (ValueError, f"temperature=-1.5 {NORMAL}", {"temperature": -1.5}),
+    (ValueError, f"temperature=1e-46 {NORMAL}", {"temperature": 1e-46}),  # 0 in float32
+    (ValueError, f"temperature=1e-40 {NORMAL}", {"temperature": 1e-40}),  # subnormal: some targets flush it to 0
+    (ValueError, f"temperature=1e+39 {NORMAL}", {"temperature": 1e39}),  # infinity in float32
+    (ValueError, f"temperature=inf {NORMAL}", {"temperature": 10**400}),  # no float64 either
+    (ValueError, f"temperature=-inf {NORMAL}", {"temperature": -(10**5000)}),  # nor printable
     (TypeError, "temperature is a Tensor; pass a float", {"temperature": torch.tensor(1.0)}),
     (TypeError, "temperature is a bool; pass a float", {"temperature": True}),
     (TypeError, "hidden_BH is a list; pass a tensor", {"hidden_BH": [[1.0]]}),
@@ -53,7 +59,8 @@ KL = [
     (TypeError, "target_probs_BK is torch.int64; cast it", {"target_probs_BK": TARGET.long()}),
     (ValueError, "target_probs_BK requires grad; the target is a constant", {"target_probs_BK": TARGET * LEARNT}),
     (ValueError, "target_probs_BK is on meta and the input on cpu", {"target_probs_BK": TARGET.to("meta")}),
-    (ValueError, "temperature=0.0 must be", {"temperature": 0.0}),
+    (ValueError, f"temperature=0.0 {NORMAL}", {"temperature": 0.0}),
+    (ValueError, f"temperature=1e-46 {NORMAL}", {"temperature": 1e-46}),
 ]  # fmt: skip
 FROM_LOGITS = [
     (TypeError, "token_ids_K is a list; pass an int64 tensor", {"token_ids_K": [1, 2, 3]}),
@@ -64,6 +71,7 @@ FROM_LOGITS = [
     (ValueError, "token_ids_K holds -1; ids must be from 0 to 19 (V = 20)", {"token_ids_K": torch.tensor([-1, 2, 3])}),
     (ValueError, "logits_BV has shape (20,); it must have 2 dimensions", {"logits_BV": LOGITS[0]}),
     (ValueError, "values_K has shape (2,); it must be (K,) = (3,)", {"values_K": VALUES[:2]}),
+    (ValueError, f"temperature=1e+39 {NORMAL}", {"temperature": 1e39}),
 ]
 
 
@@ -86,6 +94,13 @@ def test_score_head_kl(kind, text, wrong):
 @pytest.mark.parametrize(("kind", "text", "wrong"), FROM_LOGITS)
 def test_score_from_logits(kind, text, wrong):
     refuse(score_from_logits, kind, text, {"logits_BV": LOGITS, "token_ids_K": IDS, "values_K": VALUES} | wrong)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("temperature", [1.1754943508222875e-38, 3.4028234663852886e38, 2, 10**38])
+def test_the_limits_that_the_error_names_are_accepted(temperature, backend):
+    head = score_head(HIDDEN, WEIGHT, VALUES, temperature=temperature, backend=backend)
+    assert head.mean_B.tolist() == [1.0, 1.0]
 
 
 def refuse(operation, kind, text, arguments):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.oracle import Case, check_from_logits, check_head, check_kl
+from tests.kernels import shared
+from tests.kernels.oracle import Case, LogitsCase, check_head, check_kl
 from tests.kernels.ptx import Memory, Program
-from zscore_kernels import launch, score_from_logits, score_head, score_head_kl
+from zscore_kernels import launch, score_head, score_head_kl
 
 pytest.importorskip("triton")
 
@@ -46,11 +47,7 @@ def test_kl(compiled):
 
 @pytest.mark.parametrize("mass", [False, True])
 def test_from_logits(compiled, mass):
-    logits_BV = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    check_from_logits(
-        logits_BV, torch.tensor([3, 4999, 3, 0, 77]), 1.3,
-        lambda *arguments: score_from_logits(*arguments, with_mass=mass, backend="triton"), mass=mass,
-    )  # fmt: skip
+    shared.right_logits(shared.KERNELS, LogitsCase(2, 5000, ids=(3, 4999, 3, 0, 77), mass=mass))
 
 
 @pytest.mark.parametrize(("classes", "dtype"), [(3, torch.bfloat16), (9, torch.bfloat16), (33, torch.float32)])

@@ -9,13 +9,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.kernels import shared
 from tests.kernels.oracle import Case, check_head
-from zscore_kernels import backend_calls, launch, reference, score_head
+from zscore_kernels import launch, reference, score_head
 
 pytest.importorskip("triton")
 
 BACKENDS = ("triton", "reference")
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+WHERE = (shared.KERNELS, shared.REFERENCE)
 
 
 def run(backend):
@@ -28,29 +29,15 @@ def tall_tiles(monkeypatch):
     monkeypatch.setattr(launch, "SMALL_BATCH", 0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("classes", [2, 3, 5, 8, 9, 16, 33, 64])
-def test_every_number_of_classes(backend, classes):
-    check_head(Case(rows=1, width=33, classes=classes), run(backend))
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("case", shared.HEADS, ids=str)
+def test_against_float64(where, case):
+    shared.right_head(where, case)
 
 
-@pytest.mark.parametrize("classes", [2, 9, 31])
-def test_tall_tiles(tall_tiles, classes):
-    check_head(Case(rows=9, width=48, classes=classes), run("triton"))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("width", [1, 4, 511, 1028])
-def test_odd_widths(backend, width):
-    check_head(Case(rows=1, width=width, classes=3), run(backend))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("dtype", "weight_dtype"), [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, BF16), (FP16, FP32)]
-)
-def test_dtypes_mix(backend, dtype, weight_dtype):
-    check_head(Case(rows=1, width=20, classes=3, dtype=dtype, weight_dtype=weight_dtype, bias=False), run(backend))
+@pytest.mark.parametrize("case", shared.TALL, ids=str)
+def test_tall_tiles(tall_tiles, case):
+    shared.right_head(shared.KERNELS, case)
 
 
 def test_reference_runs_in_float64_for_gradcheck():
@@ -66,7 +53,7 @@ def test_reference_runs_in_float64_for_gradcheck():
 @given(
     rows=st.integers(1, 5),
     width=st.integers(1, 150),
-    classes=st.integers(2, 20),
+    classes=st.integers(2, 64),
     small_batch=st.sampled_from([0, 256]),
     bias=st.booleans(),
     temperature=st.floats(0.25, 4),
@@ -76,22 +63,10 @@ def test_any_shape(monkeypatch, rows, width, classes, small_batch, bias, tempera
     check_head(Case(rows=rows, width=width, classes=classes, bias=bias, temperature=temperature), run("triton"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("logits", [(1e4, -1e4, 0.0), (-1e4, -1e4, -1e4), (1e4, 1e4, 1e4), (0.0, -90.0, -104.0)])
-def test_extreme_logits(backend, logits):
-    hidden_BH = torch.eye(3)[:2].requires_grad_()
-    weight_KH = torch.tensor(logits)[:, None].repeat(1, 3).requires_grad_()
-    values_K = torch.tensor([1.0, 2.0, 3.0])
-    head = score_head(hidden_BH, weight_KH, values_K, backend=backend)
-    for name, output in head._asdict().items():
-        assert torch.isfinite(output).all(), name
-    wanted = torch.tensor(logits, dtype=torch.float64).softmax(0)
-    torch.testing.assert_close(head.probs_BK[0].double(), wanted, rtol=1e-5, atol=1e-37)
-    if logits[0] == 1e4 != logits[1]:
-        assert head.entropy_B.tolist() == [0.0, 0.0]
-        assert head.var_B.tolist() == [0.0, 0.0]
-    gradients = torch.autograd.grad([output.sum() for output in head], [hidden_BH, weight_KH])
-    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("logits", shared.EXTREME_HEADS)
+def test_extreme_logits(where, logits):
+    shared.extreme_head(where, logits)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -105,16 +80,25 @@ def test_confident_heads_keep_a_small_variance(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows", [0, 1])
-def test_empty_and_single_batches(backend, rows):
-    hidden_BH, weight_KH, values_K, bias_K = Case(rows=rows).tensors()
-    head = score_head(hidden_BH, weight_KH, values_K, bias_K, backend=backend)
-    assert [tuple(output.shape) for output in head] == [(rows, 9), (rows,), (rows,), (rows,), (rows, 9)]
-    gradients = torch.autograd.grad(sum(output.sum() for output in head), [hidden_BH, weight_KH, bias_K])
-    assert [gradient.shape for gradient in gradients] == [hidden_BH.shape, weight_KH.shape, bias_K.shape]
-    if rows == 0:
-        assert not gradients[1].any()
-        assert not gradients[2].any()
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0, 1e4])
+def test_a_variance_has_a_square_root(backend, scale):
+    """Every term is a probability times a square, in that rounding too: callers need no clamp."""
+    hidden_BH, weight_KH, values_K, _ = Case(rows=8, width=16, scale=scale).tensors(grad=False)
+    var_B = score_head(hidden_BH, weight_KH, values_K / 3, backend=backend).var_B
+    assert (var_B >= 0).all()
+    assert torch.isfinite(var_B.sqrt()).all()
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_empty_batch(where):
+    shared.empty_head(where)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_single_row(backend):
+    tensors = Case(rows=1).tensors(grad=False)
+    shapes = [tuple(output.shape) for output in score_head(*tensors, backend=backend)]
+    assert shapes == [(1, 9), (1,), (1,), (1,), (1, 9)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,12 +123,3 @@ def test_only_wanted_gradients_are_computed(backend):
     head.mean_B.sum().backward()
     assert hidden_BH.grad is None
     assert weight_KH.grad is not None
-
-
-def test_a_call_is_counted_where_it_ran():
-    case = Case().tensors(grad=False)
-    before = backend_calls.copy()
-    score_head(*case[:3], backend="triton")
-    score_head(*case[:3], backend="reference")
-    score_head(*case[:3])
-    assert backend_calls - before == {"interpreter": 1, "reference": 2}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.kernels.oracle import Case
+from tests.kernels.shared import same_bits
 from zscore_kernels import launch, reference, score_from_logits, score_head, score_head_kl
 
 pytest.importorskip("triton")
@@ -21,11 +22,6 @@ def results(backend, hidden_BH, weight_KH, values_K, bias_K):
     head = score_head(hidden_BH, weight_KH, values_K, bias_K, 1.3, backend=backend)
     (gradient_BH,) = torch.autograd.grad(sum(output.sum() for output in head), hidden_BH)
     return (*head, gradient_BH)
-
-
-def same_bits(found, wanted):
-    for one, other in zip(found, wanted, strict=True):
-        assert torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
 @pytest.mark.parametrize(("backend", "rows", "width"), [("reference", 300, 1100), ("triton", 6, 40)])

@@ -9,33 +9,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels import shared
 from tests.kernels.oracle import Case, check_kl
 from zscore_kernels import launch, reference, score_head, score_head_kl
 
 pytest.importorskip("triton")
 
 BACKENDS = ("triton", "reference")
+WHERE = (shared.KERNELS, shared.REFERENCE)
 
 
 def run(backend, reduction="none"):
     return partial(score_head_kl, backend=backend, reduction=reduction)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("classes", [2, 9, 16, 33, 64])
-def test_against_float64(backend, classes):
-    check_kl(Case(rows=2, width=45, classes=classes), run(backend))
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("case", shared.LOSSES, ids=str)
+def test_against_float64(where, case):
+    shared.right_kl(where, case)
 
 
 @settings(max_examples=5, deadline=None)
-@given(rows=st.integers(1, 4), width=st.integers(1, 100), classes=st.integers(2, 20), temperature=st.floats(0.25, 4))
+@given(rows=st.integers(1, 4), width=st.integers(1, 100), classes=st.integers(2, 64), temperature=st.floats(0.25, 4))
 def test_any_shape(rows, width, classes, temperature):
     check_kl(Case(rows=rows, width=width, classes=classes, temperature=temperature), run("triton"))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes(dtype):
-    check_kl(Case(dtype=dtype, weight_dtype=dtype, bias=False), run("triton"))
 
 
 def test_tall_tiles(monkeypatch):
@@ -64,40 +61,21 @@ def test_no_loss_and_no_gradient_at_the_target(backend):
         assert gradient.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("target", [(1.0, 0.0, 0.0), (0.0, 0.5, 0.5)])
-def test_extreme_logits_and_one_hot_targets(backend, target):
-    hidden_BH = torch.ones(2, 1, requires_grad=True)
-    weight_KH = torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
-    target_BK = torch.tensor([target, target])
-    loss = score_head_kl(hidden_BH, weight_KH, target_BK, reduction="none", backend=backend)
-    log_q = torch.tensor([0.0, -2e4, -1e4])
-    wanted = torch.xlogy(target_BK, target_BK).sum(1) - target_BK @ log_q
-    torch.testing.assert_close(loss, wanted)
-    (gradient,) = torch.autograd.grad(loss.sum(), weight_KH)
-    torch.testing.assert_close(gradient.squeeze(1), 2 * (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor(target)))
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("target", shared.EXTREME_TARGETS)
+def test_extreme_logits_and_one_hot_targets(where, target):
+    shared.extreme_kl(where, target)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_forbidden_class_costs_nothing_unless_wanted(backend):
-    hidden_BH, weight_KH = torch.ones(1, 1), torch.zeros(3, 1)
-    bias_K = torch.tensor([0.0, 0.0, -torch.inf])
-    free = score_head_kl(hidden_BH, weight_KH, torch.tensor([[0.5, 0.5, 0.0]]), bias_K, backend=backend)
-    assert free.item() == pytest.approx(0.0, abs=1e-6)
-    wanted = score_head_kl(hidden_BH, weight_KH, torch.tensor([[0.5, 0.0, 0.5]]), bias_K, backend=backend)
-    assert wanted.item() == torch.inf
+@pytest.mark.parametrize("where", WHERE)
+def test_a_forbidden_class_costs_nothing_unless_wanted(where):
+    shared.forbidden_class(where)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_an_empty_batch_has_no_loss(backend, reduction):
-    hidden_BH, weight_KH, _, bias_K = Case(rows=0).tensors()
-    loss = score_head_kl(hidden_BH, weight_KH, torch.empty(0, 9), bias_K, reduction=reduction, backend=backend)
-    assert loss.shape == ((0,) if reduction == "none" else ())
-    assert loss.sum().item() == 0
-    loss.sum().backward()
-    assert not weight_KH.grad.any()
-    assert not bias_K.grad.any()
+def test_an_empty_batch_has_no_loss(where, reduction):
+    shared.empty_kl(where, reduction)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

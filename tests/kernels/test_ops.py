@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import typing
 
+import jaxtyping
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import zscore_kernels
 from tests.kernels.oracle import Case
-from zscore_kernels import score_from_logits, score_head, score_head_kl
+from zscore_kernels import reference, score_from_logits, score_head, score_head_kl
 
 pytest.importorskip("triton")
 
@@ -60,6 +64,28 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(one, other)
 
 
+class Calls(TorchDispatchMode):
+    """Names of the operators that ran, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        if not operator.is_view and operator is not torch.ops.aten.detach.default:
+            self.names.append(operator.name().split("::")[1].partition(".")[0])
+        return operator(*arguments, **(options or {}))
+
+
+def test_the_backward_of_the_loss_launches_nothing_needless():
+    """What kernels/README.md says of it; `weight_gradient` is two kernels."""
+    hidden_BH, weight_KH, _, bias_K = Case(rows=2, width=8, classes=3).tensors()
+    loss = score_head_kl(hidden_BH, weight_KH, Case(rows=2, classes=3).target(), bias_K, backend="triton")
+    with Calls() as calls:
+        torch.autograd.grad(loss, [hidden_BH, weight_KH, bias_K])
+    assert calls.names == ["ones_like", "div", "mul", "hidden_gradient", "weight_gradient", "sum"]
+
+
 @pytest.mark.parametrize("operation", ["head", "kl", "from_logits"])
 def test_second_gradients_are_refused(operation):
     hidden_BH, weight_KH, values_K, _ = Case(rows=2, width=8, classes=3).tensors()
@@ -97,13 +123,35 @@ def test_inference_mode():
         assert score_head(*tensors, backend="triton").mean_B.shape == (2,)
 
 
+@pytest.mark.parametrize("module", [zscore_kernels, reference])
+def test_annotated_shapes_are_those_of_the_tensors(module):
+    hidden_BH, weight_KH, values_K, bias_K = Case(rows=2, width=8, classes=3).tensors(grad=False)
+    target_BK = Case(rows=2, classes=3).target()
+    calls = [
+        (module.score_head, (hidden_BH, weight_KH, values_K, bias_K), {}),
+        (module.score_head_kl, (hidden_BH, weight_KH, target_BK, bias_K), {"reduction": "none"}),
+        (module.score_from_logits, (hidden_BH, IDS, values_K), {"with_mass": True}),
+    ]
+    for function, arguments, options in calls:
+        names = vars(jaxtyping) | {"Tensor": torch.Tensor, "Reduction": str, "Backend": str}
+        hints = typing.get_type_hints(function, localns=names)
+        result = function(*arguments, **options)
+        pairs = list(zip(arguments, hints.values(), strict=False))
+        if isinstance(result, tuple):
+            pairs += zip(result, typing.get_type_hints(type(result), localns=names).values(), strict=True)
+        else:
+            pairs.append((result, hints["return"]))
+        with jaxtyping.jaxtyped("context"):  # one size a letter
+            assert [isinstance(tensor, hint) for tensor, hint in pairs] == [True] * len(pairs), function.__name__
+
+
 def test_importing_loads_no_triton_and_its_own_switch_works_too():
     """With TRITON_INTERPRET=1 triton.jit itself interprets; everywhere else in these tests the launcher does."""
     script = (
         "import sys, torch, zscore_kernels as z\n"
-        "assert 'triton' not in sys.modules\n"
+        "assert not {'triton', 'jaxtyping'} & set(sys.modules)\n"
         "head = z.score_head(torch.ones(1, 4), torch.zeros(2, 4), torch.tensor([1.0, 3.0]), backend='triton')\n"
         "assert head.mean_B.tolist() == [2.0], head\n"
-        "assert z.backend_calls == {'interpreter': 1}, z.backend_calls\n"
+        "assert z.backend_calls == {('interpreter', 'head_kernel'): 1}, z.backend_calls\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})

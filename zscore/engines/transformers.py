@@ -71,7 +71,7 @@ class TransformersEngine:
                 f"level token {max(level_token_ids)} is outside the model's vocabulary of {weight_VH.shape[0]}:"
                 " the tokenizer and the weights don't belong together"
             )
-        self._weight_KH = weight_VH[list(level_token_ids)].detach().float().clone()
+        self._weight_KH = weight_VH[list(level_token_ids)].detach().clone()
         self._values_K = torch.tensor(level_values, dtype=torch.float32, device=self._device)
         text = self._model.config.get_text_config()
         self._image_token = int(self._model.config.image_token_id)

@@ -1,7 +1,7 @@
 """The Qwen3.5 body inside vLLM, read at several positions: an out-of-tree pooling model and its pooler.
 
 What differs from vLLM's own `convert="classify"`: the level distribution is read at every probe of a prompt instead
-of at its last token only (one prefill for all dimensions), the score head is float32 with K rows instead of V, and
+of at its last token only (one prefill for all dimensions), the score head sums in float32 over K rows instead of V, and
 pictures come as uint8 patches that are scaled and doubled in time on the device.
 
 Legend: T tokens of a step (all requests, one after the other), B probes of a step, D probes of one request, H hidden
@@ -34,7 +34,10 @@ TIED_HEAD = "embed_tokens.weight"
 
 
 class LevelHead(torch.nn.Module):
-    """The K rows of the output projection that belong to the level tokens, in float32."""
+    """The K rows of the output projection that belong to the level tokens, in the checkpoint's dtype.
+
+    Products and sums are float32 whatever they are stored in: a float32 copy would only be more bytes to read.
+    """
 
     weight_KH: torch.Tensor
     values_K: torch.Tensor
@@ -43,14 +46,17 @@ class LevelHead(torch.nn.Module):
         super().__init__()
         self.token_ids = list(token_ids)
         self.filled = False
-        self.register_buffer("weight_KH", torch.zeros(len(token_ids), hidden, dtype=torch.float32), persistent=False)
+        self.register_buffer("weight_KH", torch.zeros(len(token_ids), hidden), persistent=False)
         self.register_buffer("values_K", torch.tensor(values, dtype=torch.float32), persistent=False)
 
     def fill(self, weight_VH: torch.Tensor) -> None:
         """Take the level rows of the full projection."""
-        if not weight_VH.is_floating_point():
-            raise ValueError(f"the output projection is stored as {weight_VH.dtype}: float weights are needed")
-        self.weight_KH.copy_(weight_VH[torch.tensor(self.token_ids)].float())
+        if weight_VH.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"the output projection is stored as {weight_VH.dtype}: float32, bfloat16 or float16 weights are needed"
+            )
+        dtype = torch.float32 if weight_VH.dtype == torch.float64 else weight_VH.dtype
+        self.weight_KH = weight_VH[self.token_ids].to(self.values_K.device, dtype)
         self.filled = True
 
     def forward(self, hidden_BH: torch.Tensor) -> torch.Tensor:
