@@ -21,7 +21,7 @@ def test_calls_run_in_order_in_another_thread(lane):
     seen = []
     for number in range(200):
         lane.do(lambda n: seen.append((n, threading.current_thread().name)), number)
-    lane.mark().wait()
+    lane.wait()
     assert [number for number, _ in seen] == list(range(200))
     assert {name for _, name in seen} == {"test"}
     lane.check()
@@ -34,7 +34,7 @@ def test_the_caller_goes_on_meanwhile(lane):
     lane.do(lambda: None)
     assert time.perf_counter() - started < 1
     gate.set()
-    lane.mark().wait()
+    lane.wait()
 
 
 def test_nothing_runs_after_a_failure(lane):
@@ -42,13 +42,13 @@ def test_nothing_runs_after_a_failure(lane):
     lane.do(seen.append, 1)
     lane.do(lambda: 1 / 0)
     lane.do(seen.append, 2)
-    lane.mark().wait()
+    lane.wait()
     assert seen == [1]
     for _ in range(2):  # it stays failed
         with pytest.raises(ZeroDivisionError):
             lane.check()
     lane.do(seen.append, 3)
-    lane.mark().wait()
+    lane.wait()
     assert seen == [1]
 
 
@@ -57,7 +57,7 @@ def test_even_an_interrupt_is_handed_over(lane):
         raise KeyboardInterrupt
 
     lane.do(interrupt)
-    lane.mark().wait()
+    lane.wait()
     with pytest.raises(KeyboardInterrupt):
         lane.check()
 

@@ -27,11 +27,11 @@ class Lane:
         """Append a call."""
         self._calls.put((call, arguments))
 
-    def mark(self) -> threading.Event:
-        """Set once all calls are done or dropped that were given so far; an error stays for `check`."""
+    def wait(self) -> None:
+        """Until all calls are done; an error stays for `check`."""
         done = threading.Event()
         self._calls.put(done)
-        return done
+        done.wait()
 
     def check(self) -> None:
         """Raise what a call raised."""

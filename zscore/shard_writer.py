@@ -18,7 +18,6 @@ from zscore.stores import ShardFault
 from zscore.tar import BLOCK
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable
     from types import TracebackType
 
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from zscore.store import Store
     from zscore.tar_copy import Carrier, Passage
 
-# Shards that are written at one time.
-WRITERS = 2
 SCORES_SUFFIX = "zscore.json"
 # How the tar reader shows bytes of a name that aren't UTF-8.
 NOT_UTF8 = re.compile(r"\\x[89a-f][0-9a-f]")
@@ -77,37 +74,11 @@ class Written:
     index: int
 
 
-class _OpenShard:
-    """A shard that isn't there under its name yet; after `open`, only its lane touches it until it is written."""
-
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
-        self.file = contextlib.ExitStack()
-        self._descriptor = -1
-
-    def open(self, store: Store, name: str) -> None:
-        self._descriptor = self.file.enter_context(store.write(name)).fileno()
-
-    def append(self, source: Source, passage: Passage, carrier: Carrier, member: bytes) -> None:
-        try:
-            carrier.copy(passage, self._descriptor)
-            write_all(self._descriptor, member)
-        except ShardFault as fault:
-            raise TableError(f"{_named(source, passage)} can't be copied: {fault.failure.error}") from fault
-        except OSError as error:
-            if error.errno in FULL:
-                raise  # the store says what to do
-            raise OutputError(f"{_named(source, passage)} can't be copied: {error.strerror or error}") from error
-
-    def end(self, end: bytes) -> None:
-        write_all(self._descriptor, end)
-
-
 class ShardWriter:
     """Writes PREFIX-000000.tar and so on; use as a context, which drops a shard that was begun if it ends in an error.
 
-    Threads write, one shard each, so that the caller reads on meanwhile: copying is bound by one core's speed, not by
-    the disk. Another syncs full shards and renames them, in order, for that takes as long as writing them.
+    A thread writes, in order, so that the caller reads on meanwhile; another syncs full shards and renames them, for
+    that takes as long as writing them.
 
     Args:
         store: folder of the shards.
@@ -128,10 +99,13 @@ class ShardWriter:
         self._samples = 0
         self._size = 0
         self._last: tuple[Source, Passage] | None = None
-        self._writing = [Lane(f"zscore-write-{lane}") for lane in range(WRITERS)]
+        self._writing = Lane("zscore-write")
         self._closing = Lane("zscore-close")
-        self._unfinished: list[_OpenShard] = []
-        """In order; the last one may still be filled."""
+        self._unfinished: list[contextlib.ExitStack] = []
+        """Full shards that aren't there under their name yet."""
+        # Only the writing thread touches these two.
+        self._file = contextlib.ExitStack()
+        self._descriptor = -1
 
     def __enter__(self) -> Self:
         """Nothing is open before the first sample."""
@@ -143,16 +117,14 @@ class ShardWriter:
         """Finish the last shard, or drop it."""
         if kind is None:
             self._end_shard()
-        for lane in self._writing:
-            lane.stop(drop=kind is not None)
+        self._writing.stop(drop=kind is not None)
         self._closing.stop()
-        failures = [error, *(lane.error for lane in self._writing), self._closing.error]
-        failure = next((one for one in failures if one is not None), None)
+        failure = error or self._writing.error or self._closing.error
         if failure is not None:
             # Drops what isn't finished; the store puts its own errors into words here.
             with contextlib.ExitStack() as files:
-                for shard in reversed(self._unfinished):
-                    files.push(shard.file)
+                for file in (*self._unfinished, self._file):
+                    files.push(file)
                 raise failure
 
     def add(self, source: Source, passage: Passage, carrier: Carrier, row: dict[str, Any] | None) -> None:
@@ -160,36 +132,25 @@ class ShardWriter:
 
         The carrier must stay open until `drain`.
         """
-        self._check()
+        self._closing.check()
         member = b"" if row is None else score_member(source, passage, row)
         # Readers take neighbours of one key for one sample; keys may repeat, so those don't become neighbours.
         follows_itself = self._last is not None and self._last[1].key == passage.key
         if self._samples and (follows_itself or self._limit.is_full(self._samples, self._size)):
             self._end_shard()
         if not self._samples:
-            self._unfinished.append(_OpenShard(self._writing[self._number % WRITERS]))
-            self._shard.lane.do(self._shard.open, self._store, shard_name(self._prefix, self._number))
-        self._shard.lane.do(self._shard.append, source, passage, carrier, member)
+            self._writing.do(self._open, shard_name(self._prefix, self._number))
+        self._writing.do(self._append, source, passage, carrier, member)
         if not carrier.can_wait:
             self.drain()
-            self._check()
+        self._writing.check()
         self._size += passage.size + len(member)
         self._samples += 1
         self._last = source, passage
 
     def drain(self) -> None:
         """Wait until everything is written that was added; what failed is raised by the next `add`, or at the end."""
-        for written in [lane.mark() for lane in self._writing]:
-            written.wait()
-
-    @property
-    def _shard(self) -> _OpenShard:
-        """The one that is being filled."""
-        return self._unfinished[-1]
-
-    def _check(self) -> None:
-        for lane in (*self._writing, self._closing):
-            lane.check()
+        self._writing.wait()
 
     def _end_shard(self) -> None:
         if self._last is None or not self._samples:
@@ -197,19 +158,35 @@ class ShardWriter:
         end = bytes(2 * BLOCK + -(self._size + 2 * BLOCK) % RECORD)
         source, passage = self._last
         name = shard_name(self._prefix, self._number)
-        lane = self._shard.lane
-        lane.do(self._shard.end, end)
         shard = Written(name, self._samples, self._size + len(end), source.shard.name, passage.index)
-        self._closing.do(self._commit, self._shard, lane.mark(), shard)
+        self._writing.do(self._close, shard, end)
         self._number += 1
         self._samples, self._size = 0, 0
 
-    def _commit(self, shard: _OpenShard, written: threading.Event, record: Written) -> None:
-        written.wait()
-        shard.lane.check()
-        shard.file.close()
-        self._unfinished.remove(shard)
-        self._on_shard(record)
+    def _open(self, name: str) -> None:
+        self._descriptor = self._file.enter_context(self._store.write(name)).fileno()
+
+    def _append(self, source: Source, passage: Passage, carrier: Carrier, member: bytes) -> None:
+        try:
+            carrier.copy(passage, self._descriptor)
+            write_all(self._descriptor, member)
+        except ShardFault as fault:
+            raise TableError(f"{_named(source, passage)} can't be copied: {fault.failure.error}") from fault
+        except OSError as error:
+            if error.errno in FULL:
+                raise  # the store says what to do
+            raise OutputError(f"{_named(source, passage)} can't be copied: {error.strerror or error}") from error
+
+    def _close(self, shard: Written, end: bytes) -> None:
+        write_all(self._descriptor, end)
+        file = self._file.pop_all()
+        self._unfinished.append(file)
+        self._closing.do(self._commit, file, shard)
+
+    def _commit(self, file: contextlib.ExitStack, shard: Written) -> None:
+        file.close()
+        self._unfinished.remove(file)
+        self._on_shard(shard)
 
 
 def _named(source: Source, passage: Passage) -> str:
