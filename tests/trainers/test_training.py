@@ -120,6 +120,22 @@ class TestRisd:
         with pytest.raises(ValueError, match="a batch of 5 can't be shared by 2 ranks"):
             risd(train, collate, batch=5, ranks=2)
 
+    def test_the_loss_follows_the_device(self, made, monkeypatch):
+        """Where the kernels are the choice of the device, they run, forward and backward: nothing picks a reference."""
+        from zscore_kernels import backend_calls, launch
+
+        model, train, collate = made
+        policy = world_set.load(model)
+        risd(train, collate, batch=1, micro=1).backward(policy, 0)
+        wanted = gradients(policy)
+        monkeypatch.setattr(launch, "KERNEL_DEVICES", ("cuda", "cpu"))
+        before = backend_calls.copy()
+        risd(train, collate, batch=1, micro=1).backward(policy, 0)
+        ran = backend_calls - before
+        assert {path for path, _ in ran} == {"interpreter"}
+        assert {kernel for _, kernel in ran} >= {"head_kernel", "kl_kernel", "hidden_gradient_kernel"}
+        assert (gradients(policy) - wanted).norm() < 1e-4 * wanted.norm()
+
     def test_eight_samples_are_learned_by_heart(self, made, tmp_path):
         """KL below 1e-3 towards soft targets; the mass on the levels near 1."""
         model, train, collate = made

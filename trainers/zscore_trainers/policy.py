@@ -113,6 +113,7 @@ class ScorePolicy(nn.Module):
         rows_B1 = torch.arange(len(hidden_BTH), device=hidden_BTH.device).unsqueeze(-1)
         shape = batch.probes_BD.shape
         probed_MH = hidden_BTH[rows_B1, batch.probes_BD.clamp(min=0)].flatten(0, 1)
+        # Only its logits are used here; what the levels are worth is the losses' business.
         logits_BDK = score_head(probed_MH, weight_KH, ids_K.float()).logits_BK.view(*shape, -1)
         return PolicyOutput(
             self._logprobs(hidden_BTH, weight_VH, batch) if with_logprobs else None,
