@@ -1,9 +1,9 @@
 """How fast are kept samples copied into new shards?
 
 Shards of 300 kB pictures (a 1024² JPEG) with a JSON and a text each, a quarter of the samples kept at random. Three
-sides, in turn, from a warm page cache: `zscore.reshard` (every shard synced to disk), Python's tarfile doing the same
-copy (not synced), and `cp` of the very shards that reshard wrote (not synced; with `sync` beside it). Imports and the
-start of Python are left out on all sides, opening the kept table is in.
+sides, in turn, from a warm page cache: `zscore.reshard`, Python's tarfile doing the same copy, and `cp` of the very
+shards that reshard wrote (none of them synced; `cp` with `sync` beside them). Imports and the start of Python are left
+out on all sides, opening the kept table is in.
 
     python benchmarks/reshard.py [--pairs 5] [--shards 8] [--samples 1000]
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PICTURE_BYTES = (200_000, 400_000)
 KEPT = 0.25
-# As with many shards of a real job, most are synced while the next one is written.
+# Several shards, as in a real job.
 SHARD_SIZE = "100MB"
 
 

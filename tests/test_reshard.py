@@ -558,6 +558,16 @@ class TestResume:
         again = run(*job, tmp_path / "out", shard_size="3")
         assert len(read_back(tmp_path / "out")) == again.samples == 10
 
+    def test_finished_and_then_cut(self, tmp_path, job):
+        """As by a power cut: nothing waits for the disk before a shard gets its name."""
+        run(*job, tmp_path / "out", shard_size="3")
+        path = tmp_path / "out" / "kept-000001.tar"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:512])
+        again = run(*job, tmp_path / "out", shard_size="3")
+        assert path.read_bytes() == whole
+        assert len(read_back(tmp_path / "out")) == again.samples == 10
+
     def test_a_damaged_shard_is_done_again(self, tmp_path, job):
         self.stop_after(2, job, tmp_path / "out")
         path = tmp_path / "out" / "kept-000001.tar"

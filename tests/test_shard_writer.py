@@ -71,7 +71,7 @@ def packed_by_hand(passages, size):
 
 
 class TestShards:
-    @settings(FUZZ, max_examples=40)  # every shard is synced to disk
+    @settings(FUZZ, max_examples=40)
     @given(
         st.lists(st.tuples(st.sampled_from("aabcd"), st.integers(1, 6)), max_size=25),
         st.one_of(

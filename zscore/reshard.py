@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "plan.json"
 LOCK = "lock"
-# Shards that a killed run may have left half-written: one is filled while others are synced.
+# Shards that a killed run may have left half-written: one is filled while others get their names.
 IN_FLIGHT = 100
 # What the sample itself holds, or what is the same for all that is kept.
 NOT_SCORES = frozenset({"shard", "index", "key", "prompt", "status", "error"})
@@ -122,7 +122,8 @@ class _Job:
         self._size = size
         self._sources = sources
         out = options.out.rstrip("/") or "/"
-        self._out = open_store(out, resumes=True)
+        # A power cut may cut shards that have their names already: their sizes are checked before they count as done.
+        self._out = open_store(out, resumes=True, syncs=False)
         # Hidden, so that a glob or a folder of the output only holds shards.
         self._state = open_store(f"{out}/.{options.prefix}-reshard", resumes=True)
         self._index = f"{options.prefix}-index.json"
@@ -168,7 +169,7 @@ class _Job:
             index = json.loads(stream.read())
         self._check(index.get("zscore"), plan)
         shards = [Written(**entry) for entry in index["zscore"]["shards"]]
-        if any(shard.name not in there for shard in shards):
+        if not all(shard.name in there and self._size_of(shard.name) == shard.size for shard in shards):
             return False
         self._result.shards, self._result.resumed = shards, len(shards)
         return True
@@ -222,11 +223,14 @@ class _Job:
                 return
             with self._state.open(f"{name}.json") as stream:
                 shard = Written(**json.loads(stream.read()))
-            with self._out.open(name) as stream:
-                if stream.seek(0, io.SEEK_END) != shard.size:
-                    return
+            if self._size_of(name) != shard.size:
+                return
             self._result.shards.append(shard)
             self._result.resumed += 1
+
+    def _size_of(self, name: str) -> int:
+        with self._out.open(name) as stream:
+            return stream.seek(0, io.SEEK_END)
 
     def _copy(self, on_shard: Callable[[Written], None]) -> None:
         """Copy all that isn't there yet."""
@@ -275,7 +279,7 @@ class _Job:
             "shardlist": [{"url": shard.name, "nsamples": shard.samples, "filesize": shard.size} for shard in shards],
             "zscore": {**plan, "shards": [asdict(shard) for shard in shards]},
         }
-        with self._out.write(self._index) as stream:
+        with open_store(self._options.out.rstrip("/") or "/", resumes=True).write(self._index) as stream:
             stream.write((json.dumps(index, indent=1) + "\n").encode())
 
 

@@ -77,8 +77,8 @@ class Written:
 class ShardWriter:
     """Writes PREFIX-000000.tar and so on; use as a context, which drops a shard that was begun if it ends in an error.
 
-    A thread writes, in order, so that the caller reads on meanwhile; another syncs full shards and renames them, for
-    that takes as long as writing them.
+    A thread writes, in order, so that the caller reads on meanwhile; another gives full shards their names, which for
+    an object store means uploading them.
 
     Args:
         store: folder of the shards.

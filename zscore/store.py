@@ -1,7 +1,8 @@
 """Where output lies: a local folder or an fsspec prefix, with atomic writes and a lock.
 
-Local files are written beside their final name, synced and renamed, so that no reader ever sees half a file. Object
-stores only show finished uploads; other remote file systems get an upload under a temporary name and a move.
+Local files are written beside their final name, synced (where that is asked for) and renamed, so that no reader ever
+sees half a file. Object stores only show finished uploads; other remote file systems get an upload under a temporary
+name and a move.
 """
 
 from __future__ import annotations
@@ -69,19 +70,21 @@ def split_out(out: str) -> tuple[str, str]:
     return (head or ("/" if out.startswith("/") else ".")), name
 
 
-def open_store(folder: str, *, resumes: bool = False) -> Store:
+def open_store(folder: str, *, resumes: bool = False, syncs: bool = True) -> Store:
     """The store for a local folder or an fsspec url.
 
     Args:
         folder: path or url.
         resumes: what is finished there stays when a write fails, and the same command goes on; errors say so.
+        syncs: a local file survives a power cut once it has its name; else the system writes it back when it likes,
+            as with `cp`.
 
     Raises:
         UsageError: the protocol isn't known or its package isn't installed.
     """
     protocol = folder.partition("://")[0] if "://" in folder else "file"
     if protocol in {"file", "local"}:
-        return LocalStore(Path(folder.removeprefix("file://").removeprefix("local://")), resumes=resumes)
+        return LocalStore(Path(folder.removeprefix("file://").removeprefix("local://")), resumes=resumes, syncs=syncs)
     try:
         return RemoteStore(folder, protocol, resumes=resumes)
     except (ImportError, ValueError) as error:
@@ -96,9 +99,10 @@ def is_local(url: str) -> bool:
 class LocalStore:
     """A folder on this machine."""
 
-    def __init__(self, folder: Path, *, resumes: bool = False) -> None:
+    def __init__(self, folder: Path, *, resumes: bool = False, syncs: bool = True) -> None:
         self._folder = folder
         self._resumes = resumes
+        self._syncs = syncs
 
     def path(self, name: str) -> str:
         """See `Store`."""
@@ -127,9 +131,12 @@ class LocalStore:
                 yield stream  # other errors in here are the caller's own: reading shards, say
                 stream.flush()
             with self._named(final):
-                _seal(Path(temporary))
+                Path(temporary).chmod(0o666 & ~_umask())
+                if self._syncs:
+                    _sync(Path(temporary))
                 Path(temporary).replace(final)
-                _sync_folder(self._folder)
+                if self._syncs:
+                    _sync(self._folder)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -275,16 +282,9 @@ def _umask() -> int:
     return mask
 
 
-def _seal(file: Path) -> None:
-    """Give a finished file its permissions and make its bytes survive a power cut."""
-    with file.open("rb") as stream:
-        os.fchmod(stream.fileno(), 0o666 & ~_umask())
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

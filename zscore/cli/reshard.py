@@ -27,7 +27,8 @@ def reshard(
     """Copy kept samples into new webdataset shards, every member byte for byte, and index them for wids.
 
     Samples come in the order of the source shards. Nothing is decoded. Finished shards are kept: the same command
-    resumes. Two neighbours of one key go into different shards, since readers would take them for one sample.
+    resumes, and does again what a power cut has cut. Two neighbours of one key go into different shards, since readers
+    would take them for one sample.
 
     \b
     Examples:
