@@ -13,6 +13,8 @@ import numpy as np
 from zscore.records import Failure, LevelScores, Status
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from numpy.typing import NDArray
 
@@ -51,6 +53,12 @@ def unpack(packed_DW: NDArray[np.float32]) -> LevelScores | Failure:
         std_D=packed_DW[:, -2],
         entropy_D=packed_DW[:, -1],
     )
+
+
+def combine(parts: Sequence[LevelScores | Failure]) -> LevelScores | Failure:
+    """Scores of a sample from all its prompts' results, or the first failure among them."""
+    failure = next((part for part in parts if isinstance(part, Failure)), None)
+    return failure or stack([part for part in parts if isinstance(part, LevelScores)])
 
 
 def stack(parts: list[LevelScores]) -> LevelScores:

@@ -5,28 +5,32 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from zscore.distribution import stack
+from zscore.distribution import combine
 from zscore.prepare import Prefetch, Prepared, ShardEnd
 from zscore.records import Failure, LevelScores, ScoreRow, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from zscore.engines.base import Engine
+
+    Combine = Callable[[Sequence[LevelScores | Failure]], LevelScores | Failure]
 
 
 # Rows that wait for one before them; their prompts may be a megabyte each.
 MAX_WAITING = 128
 
 
-def feed(prepared: Prefetch[Prepared | ShardEnd], engine: Engine) -> Iterator[ScoreRow | ShardEnd]:
+def feed(
+    prepared: Prefetch[Prepared | ShardEnd], engine: Engine, combine: Combine = combine
+) -> Iterator[ScoreRow | ShardEnd]:
     """Score prepared samples; rows come out in the order that the samples went in, each shard's end after its rows.
 
     The engine holds at most `max_in_flight` prompts (and those of one more sample), and runs when it holds that many:
     on a CPU, decoding has the cores until then, and a small batch would cost more than the wait. With a lockstep
     engine, batches are formed by position in the shard alone.
     """
-    loop = _Loop(engine)
+    loop = _Loop(engine, combine)
     for item in prepared:
         loop.add(item)
         if engine.lockstep and isinstance(item, ShardEnd):
@@ -43,8 +47,9 @@ def feed(prepared: Prefetch[Prepared | ShardEnd], engine: Engine) -> Iterator[Sc
 class _Loop:
     """What is inside the engine, and the order in which it has to come out."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, combine: Combine) -> None:
         self._engine = engine
+        self._combine = combine
         self._waiting: deque[_Pending | ShardEnd] = deque()
         self._by_tag: dict[int, tuple[_Pending, int]] = {}
         self._next_tag = 0
@@ -88,7 +93,7 @@ class _Loop:
             if None in head.results:
                 return
             self._waiting.popleft()
-            yield head.row()
+            yield head.row(self._combine)
 
 
 class _Pending:
@@ -102,9 +107,9 @@ class _Pending:
         self.width, self.height, self.sha256 = prepared.width, prepared.height, prepared.sha256
         self.results: list[LevelScores | Failure | None] = [None] * len(prepared.prompts)
 
-    def row(self) -> ScoreRow:
-        failure = self.verdict or next((result for result in self.results if isinstance(result, Failure)), None)
-        scores = None if failure else stack([result for result in self.results if isinstance(result, LevelScores)])
+    def row(self, combine: Combine) -> ScoreRow:
+        found = self.verdict or combine([result for result in self.results if result is not None])
+        failure = found if isinstance(found, Failure) else None
         sample = self.sample
         return ScoreRow(
             shard=sample.shard,
@@ -117,5 +122,5 @@ class _Pending:
             width=self.width,
             height=self.height,
             sha256=self.sha256,
-            scores=scores,
+            scores=None if isinstance(found, Failure) else found,
         )

@@ -6,21 +6,27 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zscore.chat_frames import QWEN_TOKENS
 from zscore.checkpoint import Checkpoint, has_weights, model_from_environment, read_checkpoint, weights_hash
+from zscore.distribution import combine
+from zscore.engines.generate import GenerateConfig, open_generator
 from zscore.engines.vllm import SUPPORTED
 from zscore.engines.vllm_classify import fallback_notice
 from zscore.errors import ModelError, UsageError
 from zscore.patches import PixelOptions
+from zscore.reasoning import ReasoningOptions, finder, merge
 from zscore.rubrics.rubric import LAYOUTS, Layout, Rubric, load_rubric
 from zscore.templates import PromptBuilder
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from zscore.engines.base import Engine
+    from zscore.records import Failure, LevelScores
 
 ENGINES = ("auto", "vllm", "transformers")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -39,7 +45,7 @@ class JudgeOptions:
     rubric: str | None = None
     """Name of a shipped rubric or a TOML file; else the checkpoint's, else z-reward."""
     layout: str | None = None
-    """joint or separate; else the checkpoint's, else joint."""
+    """joint, separate or reasoning; else the checkpoint's, else joint."""
     engine: str = "auto"
     """vllm, transformers, or auto: vLLM where it is installed."""
     dtype: str = "auto"
@@ -48,6 +54,8 @@ class JudgeOptions:
     """Image budget: larger pictures are scaled down to about this many pixels."""
     batch_size: int | None = None
     """Prompts at once; None lets the engine choose."""
+    reasoning: ReasoningOptions = field(default_factory=ReasoningOptions)
+    """How reasonings are drawn; of the reasoning layout."""
     gpu_memory_utilization: float | None = None
     """Share of the GPU's memory that vLLM takes; None leaves vLLM's own."""
 
@@ -80,7 +88,17 @@ class Judge:
             "batch_size": self.options.batch_size,
             "max_pixels": self.pixels.max_pixels,
             "min_pixels": self.pixels.min_pixels,
+            **self._reasoning(),
         }
+
+    def _reasoning(self) -> dict[str, Any]:
+        return {"reasoning": asdict(self.options.reasoning)} if self.layout == "reasoning" else {}
+
+    def combine(self, parts: Sequence[LevelScores | Failure]) -> LevelScores | Failure:
+        """Scores of a sample from the results of all its prompts."""
+        if self.layout == "reasoning":
+            return merge(parts, len(self.rubric.dimensions), self.rubric.values)
+        return combine(parts)
 
     def provenance(self) -> dict[str, Any]:
         """Metadata that every scores file carries."""
@@ -97,6 +115,7 @@ class Judge:
             "model": {"id": self.checkpoint.id, "weights": self.weights, "trained": self.checkpoint.trained},
             "max_pixels": self.pixels.max_pixels,
             "template": self.builder.hash,
+            **self._reasoning(),
         }
 
     def engine(self) -> Engine:
@@ -105,6 +124,8 @@ class Judge:
         Raises:
             ModelError: it can't be loaded.
         """
+        if self.layout == "reasoning":
+            return self._reasoning_engine()
         levels: dict[str, Any] = {"level_token_ids": self.builder.level_ids, "level_values": self.rubric.values}
         options = self.options
         if self.engine_name == "transformers":
@@ -122,6 +143,21 @@ class Judge:
         if options.gpu_memory_utilization is not None:
             config = replace(config, gpu_memory_utilization=options.gpu_memory_utilization)
         return open_vllm(self.checkpoint.path, config=config, **levels)
+
+    def _reasoning_engine(self) -> Engine:
+        from zscore.engines.reasoning import ReasoningEngine
+
+        options = self.options
+        config = GenerateConfig(
+            max_tokens=options.reasoning.max_tokens, temperature=options.reasoning.temperature, dtype=options.dtype
+        )
+        if options.batch_size:
+            config = replace(config, batch_size=options.batch_size)
+        if options.gpu_memory_utilization is not None:
+            config = replace(config, gpu_memory_utilization=options.gpu_memory_utilization)
+        generator = open_generator(self.engine_name, self.checkpoint.path, self.rubric, self.builder, config)
+        found = finder(self.rubric, self.builder.decode, self.builder.level_ids)
+        return ReasoningEngine(generator, found, self.rubric.values, options.reasoning)
 
 
 def plan_judge(options: JudgeOptions, *, weights: bool = True) -> Judge:
@@ -156,7 +192,9 @@ def plan_judge(options: JudgeOptions, *, weights: bool = True) -> Judge:
         notices.append(f"{model} was trained on another rubric ({checkpoint.rubric}) than '{rubric.name}' as it stands")
     if checkpoint.rubric is None:
         notices.append(f"{model} has no zscore.json: it wasn't trained to score, so its scores are zero-shot")
-    builder = _builder(checkpoint, rubric, layout, engine)
+    if layout != "reasoning" and options.reasoning != ReasoningOptions():
+        raise UsageError("--samples, --temperature, --max-output-tokens and --seed belong to --reasoning")
+    builder = _builder(checkpoint, rubric, layout, engine, options.reasoning.samples)
     return Judge(
         checkpoint=checkpoint,
         rubric=rubric,
@@ -170,9 +208,14 @@ def plan_judge(options: JudgeOptions, *, weights: bool = True) -> Judge:
     )
 
 
-def _builder(checkpoint: Checkpoint, rubric: Rubric, layout: Layout, engine: str) -> PromptBuilder:
+def _builder(checkpoint: Checkpoint, rubric: Rubric, layout: Layout, engine: str, samples: int) -> PromptBuilder:
     builder = PromptBuilder(
-        checkpoint.path, rubric, layout, merge=checkpoint.merge, max_tokens=min(checkpoint.max_tokens, 16_384)
+        checkpoint.path,
+        rubric,
+        layout,
+        merge=checkpoint.merge,
+        max_tokens=min(checkpoint.max_tokens, 16_384),
+        samples=samples,
     )
     if not builder.places_pictures and (engine == "transformers" or checkpoint.architecture == SUPPORTED):
         raise ModelError(
@@ -184,9 +227,10 @@ def _builder(checkpoint: Checkpoint, rubric: Rubric, layout: Layout, engine: str
 
 def _layout(wanted: str | None, checkpoint: Checkpoint, *, classified: bool) -> Layout:
     chosen = wanted or checkpoint.layout or ("separate" if classified else "joint")
-    if classified and chosen == "joint":
+    if classified and chosen != "separate":
         raise UsageError(
-            f"the joint layout needs {SUPPORTED}, and {checkpoint.id} is a {checkpoint.architecture}: --layout separate"
+            f"the {chosen} layout needs {SUPPORTED}, and {checkpoint.id} is a {checkpoint.architecture}:"
+            " --layout separate"
         )
     for layout in LAYOUTS:
         if chosen == layout:
@@ -214,8 +258,9 @@ def _engine(options: JudgeOptions, checkpoint: Checkpoint, notices: list[str]) -
     if options.dtype == "float32" and not NVIDIA_DRIVER.exists():
         notices.append("vLLM's CPU kernels are bfloat16 only: scoring with the transformers engine for --dtype float32")
         return "transformers"
-    if checkpoint.architecture != SUPPORTED and (options.layout or checkpoint.layout) == "joint":
-        notices.append(f"vLLM can't score a {checkpoint.architecture} in the joint layout: taking transformers")
+    layout = options.layout or checkpoint.layout
+    if checkpoint.architecture != SUPPORTED and layout in {"joint", "reasoning"}:
+        notices.append(f"vLLM can't score a {checkpoint.architecture} in the {layout} layout: taking transformers")
         return "transformers"
     return "vllm"
 

@@ -69,7 +69,8 @@ class Output:
     def __init__(self, out: str, rubric: Rubric, settings: dict[str, Any], provenance: dict[str, Any]) -> None:
         self.out = out = out.removeprefix("file://")
         self.is_folder = out.endswith("/") or (is_local(out) and Path(out).is_dir())
-        self._schema = score_schema(rubric.names, len(rubric.levels))
+        reasoning = provenance.get("layout") == "reasoning"
+        self._schema = score_schema(rubric.names, len(rubric.levels), reasoning=reasoning)
         self._settings = settings
         self._provenance = provenance
         self.attempt = datetime.now(UTC).isoformat()

@@ -44,12 +44,17 @@ BASE_FIELDS = (
 )
 
 
-def score_schema(dimensions: Sequence[str], levels: int) -> pa.Schema:
+# Behind the scores, where the model reasoned.
+REASONING_FIELDS = (pa.field("reasoning", pa.string()), pa.field("output_tokens", pa.int32()))
+
+
+def score_schema(dimensions: Sequence[str], levels: int, *, reasoning: bool = False) -> pa.Schema:
     """Schema of a scores file.
 
     Args:
         dimensions: the rubric's dimension names, D of them.
         levels: K, the length of each `*_probs` list.
+        reasoning: whether the model reasoned before its scores.
     """
     fields = [*BASE_FIELDS, pa.field("overall", pa.float32())]
     for name in dimensions:
@@ -57,12 +62,12 @@ def score_schema(dimensions: Sequence[str], levels: int) -> pa.Schema:
         fields.append(pa.field(f"{name}_std", pa.float32()))
         fields.append(pa.field(f"{name}_entropy", pa.float32()))
         fields.append(pa.field(f"{name}_probs", pa.list_(pa.float32(), levels)))
-    return pa.schema(fields)
+    return pa.schema([*fields, *(REASONING_FIELDS if reasoning else ())])
 
 
-def rows_to_table(rows: Sequence[ScoreRow], rubric: Rubric) -> pa.Table:
+def rows_to_table(rows: Sequence[ScoreRow], rubric: Rubric, *, reasoning: bool = False) -> pa.Table:
     """Rows as a table; score columns are null where a row has no scores."""
-    schema = score_schema(rubric.names, len(rubric.levels))
+    schema = score_schema(rubric.names, len(rubric.levels), reasoning=reasoning)
     columns: dict[str, list[Any]] = {field.name: [getattr(row, field.name) for row in rows] for field in BASE_FIELDS}
     columns["status"] = [str(row.status) for row in rows]
     scores = [row.scores for row in rows]
@@ -72,7 +77,17 @@ def rows_to_table(rows: Sequence[ScoreRow], rubric: Rubric) -> pa.Table:
         columns[f"{name}_std"] = [None if s is None else s.std_D[d] for s in scores]
         columns[f"{name}_entropy"] = [None if s is None else s.entropy_D[d] for s in scores]
         columns[f"{name}_probs"] = [None if s is None else s.probs_DK[d] for s in scores]
+    columns["reasoning"] = [None if s is None else _reasoning(s.reasoning, rubric) for s in scores]
+    columns["output_tokens"] = [None if s is None else s.output_tokens for s in scores]
     return pa.table({field.name: pa.array(columns[field.name], type=field.type) for field in schema}, schema=schema)
+
+
+def _reasoning(texts: Sequence[str], rubric: Rubric) -> str:
+    """What the model wrote as one text: a paragraph a dimension and reasoning, led by the dimension's title."""
+    each = max(1, len(texts) // len(rubric.dimensions))
+    numbers = [f" ({number + 1} of {each})" if each > 1 else "" for number in range(each)]
+    leads = [dimension.title + number for dimension in rubric.dimensions for number in numbers]
+    return "\n\n".join(f"{lead}: {text}" for lead, text in zip(leads, texts, strict=False))
 
 
 class TableWriter:

@@ -27,6 +27,7 @@ class Status(StrEnum):
     BAD_TEXT = "bad_text"
     PROMPT_TOO_LONG = "prompt_too_long"
     NONFINITE_SCORE = "nonfinite_score"
+    NO_SCORE = "no_score"
     TRUNCATED_SHARD = "truncated_shard"
     BAD_SHARD = "bad_shard"
     UNREADABLE_SHARD = "unreadable_shard"
@@ -93,8 +94,11 @@ class EnginePrompt:
 
     token_ids: tuple[int, ...]
     probes: tuple[int, ...]
-    """Positions whose next-token logits are read, ascending; one a dimension (joint) or just one (separate)."""
+    """Positions whose next-token logits are read, ascending; one a dimension (joint), just one (separate), or none
+    where the model writes the score itself (reasoning)."""
     pixels: Pixels
+    draw: int = 0
+    """Which of several reasonings about the same question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,10 @@ class LevelScores:
     """Standard deviation, in rubric units."""
     entropy_D: NDArray[np.float32]
     """Shannon entropy in nats."""
+    reasoning: tuple[str, ...] = ()
+    """What the model wrote before its scores, a text a prompt; none where it scores at once."""
+    output_tokens: int = 0
+    """That the model wrote, all reasonings together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,7 +228,7 @@ class _Run:
             described = {"name": engine.name, "version": engine.version, "dtype": engine.dtype}
             self.output.check_engine(described)
             self._provenance["engine"] = described
-            self._write(feed(prepared, engine), reporter)
+            self._write(feed(prepared, engine, self._judge.combine), reporter)
 
     def _samples(self) -> Iterator[Sample | ShardEnd]:
         left = self._options.limit
@@ -295,24 +295,28 @@ class _Sink:
     def __init__(self, part: PartWriter, judge: Judge, kept: pa.Table | None) -> None:
         self._part = part
         self._rubric = judge.rubric
+        self._reasons = judge.layout == "reasoning"
         self._kept = kept
         self._rows: list[ScoreRow] = []
         self._bytes = 0
 
     def add(self, row: ScoreRow) -> None:
         self._rows.append(row)
-        self._bytes += 4 * len(row.prompt)
+        self._bytes += 4 * len(row.prompt) + sum(map(len, row.scores.reasoning if row.scores else ()))
         if self._kept is None and (len(self._rows) >= ROWS_PER_BATCH or self._bytes >= BYTES_PER_BATCH):
             self._flush()
 
     def _flush(self) -> None:
         if self._rows:
-            self._part.write(rows_to_table(self._rows, self._rubric))
+            self._part.write(self._table())
         self._rows, self._bytes = [], 0
+
+    def _table(self) -> pa.Table:
+        return rows_to_table(self._rows, self._rubric, reasoning=self._reasons)
 
     def close(self) -> None:
         if self._kept is None:
             self._flush()
             return
-        tables = [self._kept, *([rows_to_table(self._rows, self._rubric)] if self._rows else [])]
+        tables = [self._kept, *([self._table()] if self._rows else [])]
         self._part.write(pa.concat_tables(tables).unify_dictionaries().sort_by("index"))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from zscore import images
-from zscore.distribution import stack
 from zscore.errors import SampleError, UsageError
 from zscore.judge import JudgeOptions, plan_judge
 from zscore.records import Failure, LevelScores, Pixels, Status
@@ -56,6 +55,8 @@ class Score:
     """By dimension name, in rubric order."""
     overall: float
     """Mean of the dimensions' means."""
+    reasoning: tuple[str, ...] = ()
+    """With `layout="reasoning"`: what the model wrote, dimension after dimension."""
 
     def __getitem__(self, dimension: str) -> LevelDistribution:
         return self.dimensions[dimension]
@@ -160,10 +161,17 @@ class Scorer:
         self, parts: dict[int, list[LevelScores | Failure | None]], on_error: str
     ) -> Iterator[Score | Failure]:
         for number in sorted(parts):
-            failure = next((part for part in parts[number] if isinstance(part, Failure)), None)
-            if failure is not None and on_error == "raise":
-                raise SampleError(f"pair {number}: {failure.status}: {failure.error}")
-            yield failure or self._score(stack([part for part in parts[number] if isinstance(part, LevelScores)]))
+            found = parts[number]
+            # A pair that couldn't be built has one result, whatever the layout.
+            failed = isinstance(found[0], Failure) and len(found) == 1
+            result = found[0] if failed else self._judge.combine([part for part in found if part is not None])
+            if isinstance(result, LevelScores):
+                yield self._score(result)
+                continue
+            assert result is not None
+            if on_error == "raise":
+                raise SampleError(f"pair {number}: {result.status}: {result.error}")
+            yield result
 
     def _score(self, scores: LevelScores) -> Score:
         values = self._judge.rubric.values
@@ -177,7 +185,7 @@ class Scorer:
             )
             for d, name in enumerate(self._judge.rubric.names)
         }
-        return Score(dimensions, float(scores.mean_D.mean(dtype=np.float64)))
+        return Score(dimensions, float(scores.mean_D.mean(dtype=np.float64)), scores.reasoning)
 
     def close(self) -> None:
         """Free the model. Idempotent."""

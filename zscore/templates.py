@@ -10,7 +10,8 @@ In Qwen's format (others: `zscore.chat_frames`):
 
 Joint layout: the titles follow each other in one sequence and each ▮'s logits are read at the token before it; no
 score is ever written there, so one prefill reads all dimensions. Separate layout: a sequence a dimension (the paper's
-q(s | p, I, d)), with picture and prompt first so that the prefix is shared.
+q(s | p, I, d)), with picture and prompt first so that the prefix is shared. Reasoning layout: as separate, but the
+prompt ends where the answer begins; the model writes its reasoning, the marker and the score by itself.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ import json
 from typing import TYPE_CHECKING
 
 from zscore.chat_frames import read_frame
-from zscore.errors import ModelError
+from zscore.errors import ModelError, RubricError
 from zscore.records import EnginePrompt, Failure, Pixels, Status
 from zscore.text_tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from zscore.rubrics.rubric import Layout, Rubric
+
+    _Tail = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class PromptBuilder:
@@ -37,7 +41,9 @@ class PromptBuilder:
     `places_pictures` is False where the engine has to put the picture's tokens in by itself.
     """
 
-    def __init__(self, folder: Path, rubric: Rubric, layout: Layout, *, merge: int, max_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, rubric: Rubric, layout: Layout, *, merge: int, max_tokens: int, samples: int = 1
+    ) -> None:
         self._text = TextTokenizer(folder)
         self._merge2 = merge * merge
         self._max_tokens = max_tokens
@@ -49,23 +55,50 @@ class PromptBuilder:
         before, after = rubric.prompt_text.split("{prompt}")
         self._head = list(frame.before)
         self._lead = [*frame.between, *encode(before)]
-        close = frame.after
-        questions = [rubric.question(dimension) for dimension in rubric.dimensions]
-        if layout == "joint":
-            probes = [rubric.joint_probe.replace("{title}", d.title) for d in rubric.dimensions]
-            tail = [*encode(after + "".join(questions) + rubric.scale_text), *close]
-            self._tails = [_with_probes(tail, [encode(probe) for probe in probes], encode(rubric.joint_between))]
-        else:
-            self._tails = [
-                _with_probes(
-                    [*encode(after + question + rubric.scale_text), *close],
-                    [encode(rubric.separate_probe.replace("{title}", dimension.title))],
-                    [],
-                )
-                for dimension, question in zip(rubric.dimensions, questions, strict=True)
-            ]
-        fixed = [layout, self._head, self._image, self._lead, self._tails, self.level_ids]
+        self._tails = self._make_tails(rubric, layout, after, frame.after)
+        self._samples = samples if layout == "reasoning" else 1
+        fixed: list[object] = [layout, self._head, self._image, self._lead, self._tails, self.level_ids]
+        if layout == "reasoning":
+            fixed.append(rubric.reasoning_marker)
         self.hash = hashlib.sha256(json.dumps(fixed).encode()).hexdigest()
+
+    def _make_tails(self, rubric: Rubric, layout: Layout, after: str, close: Sequence[int]) -> list[_Tail]:
+        """What follows the user's prompt in each engine prompt."""
+        encode, dimensions = self._text.encode, rubric.dimensions
+        questions = [rubric.question(dimension) for dimension in dimensions]
+        if layout == "joint":
+            probes = [rubric.joint_probe.replace("{title}", one.title) for one in dimensions]
+            tail = [*encode(after + "".join(questions) + rubric.scale_text), *close]
+            return [_with_probes(tail, [encode(probe) for probe in probes], encode(rubric.joint_between))]
+        pairs = list(zip(dimensions, questions, strict=True))
+        if layout == "reasoning":
+            if not rubric.reasoning_ask:
+                raise RubricError(f"rubric '{rubric.name}' has no [layouts.reasoning]: add its ask and marker")
+            return [
+                ((*encode(after + question + rubric.scale_text + rubric.ask(one)), *close), ())
+                for one, question in pairs
+            ]
+        return [
+            _with_probes(
+                [*encode(after + question + rubric.scale_text), *close],
+                [encode(rubric.separate_probe.replace("{title}", one.title))],
+                [],
+            )
+            for one, question in pairs
+        ]
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset(self._text.added[name] for name in ("<|im_end|>", "<|endoftext|>") if name in self._text.added)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, none of them special."""
+        return self._text.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids that a model wrote."""
+        return self._text.decode(ids)
 
     @property
     def overhead(self) -> int:
@@ -73,7 +106,7 @@ class PromptBuilder:
         return len(self._head) + len(self._lead) + max(len(tail) for tail, _ in self._tails)
 
     def build(self, prompt: str, pixels: Pixels) -> list[EnginePrompt] | Failure:
-        """Prompts of one sample: one in the joint layout, D in the separate one."""
+        """Prompts of one sample: one in the joint layout, D in the separate one, D x samples where it is to reason."""
         image = [] if self._image is None else [self._image] * (pixels.grid[0] * pixels.grid[1] // self._merge2)
         try:
             user = self._text.encode(prompt)
@@ -88,14 +121,13 @@ class PromptBuilder:
             )
         shared = [*self._head, *image, *self._lead, *user]
         return [
-            EnginePrompt((*shared, *tail), tuple(len(shared) + probe for probe in probes), pixels)
+            EnginePrompt((*shared, *tail), tuple(len(shared) + probe for probe in probes), pixels, draw)
             for tail, probes in self._tails
+            for draw in range(self._samples)
         ]
 
 
-def _with_probes(
-    tail: list[int], probes: list[list[int]], between: list[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _with_probes(tail: list[int], probes: list[list[int]], between: list[int]) -> _Tail:
     """Append the probe texts; return the ids and each probe's position (the last token of its text)."""
     ids, positions = list(tail), []
     for number, probe in enumerate(probes):

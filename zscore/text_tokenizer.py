@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from zscore.errors import ModelError, RubricError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from zscore.rubrics.rubric import Rubric
@@ -46,6 +47,10 @@ class TextTokenizer:
             spelled = [name for name, number in self.added.items() if number in ids]
             raise ModelError(f"the tokenizer spells the special token {spelled[0]!r} from ordinary text; unsafe to use")
         return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; added tokens have none."""
+        return str(self._tokenizer.decode([one for one in ids if one not in self._forbidden]))
 
     def level_ids(self, rubric: Rubric) -> tuple[int, ...]:
         """One token id a level, shape (K,).

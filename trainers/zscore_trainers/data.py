@@ -111,11 +111,19 @@ class Collator:
         Raises:
             ValueError: a picture or a prompt that can't be used; names the sample.
         """
-        with ThreadPoolExecutor(DECODERS) as pool:
-            prompts = [prompt for found in pool.map(self._prompts, indices) for prompt in found]
+        prompts = [prompt for found in self.prompts(indices) for prompt in found]
         targets_NDK = torch.from_numpy(self.train.targets_NDK[np.asarray(indices)])
         probes = len(prompts[0].probes)
-        return self._padded(prompts), targets_NDK.reshape(len(prompts), probes, -1)
+        return self.pad(prompts), targets_NDK.reshape(len(prompts), probes, -1)
+
+    def prompts(self, indices: Sequence[int]) -> list[list[EnginePrompt]]:
+        """The prompts of each of these samples: one, or one a dimension.
+
+        Raises:
+            ValueError: a picture or a prompt that can't be used; names the sample.
+        """
+        with ThreadPoolExecutor(DECODERS) as pool:
+            return list(pool.map(self._prompts, indices))
 
     def _prompts(self, index: int) -> list[EnginePrompt]:
         sample = self.train.samples[index]
@@ -127,7 +135,8 @@ class Collator:
             )
         return prompts
 
-    def _padded(self, prompts: list[EnginePrompt]) -> PolicyBatch:
+    def pad(self, prompts: Sequence[EnginePrompt]) -> PolicyBatch:
+        """Right-padded sequences; every prompt has as many probes."""
         longest = max(len(prompt.token_ids) for prompt in prompts)
         tokens_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask_BT = torch.zeros_like(tokens_BT)

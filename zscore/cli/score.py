@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from zscore.judge import Judge, JudgeOptions
     from zscore.progress import Reporter
+    from zscore.reasoning import ReasoningOptions
     from zscore.records import ShardRef
     from zscore.score import ScoreOptions, Summary
 
@@ -40,8 +41,21 @@ def score(
     ] = None,
     layout: Annotated[
         str | None,
-        typer.Option(help="joint (one prefill reads all dimensions) or separate.", show_default="the checkpoint's"),
+        typer.Option(
+            help="joint (one prefill reads all dimensions), separate or reasoning.", show_default="the checkpoint's"
+        ),
     ] = None,
+    reasoning: Annotated[
+        bool, typer.Option("--reasoning", help="Let the model reason, then read its scores: --layout reasoning.")
+    ] = False,
+    samples: Annotated[
+        int | None, typer.Option(help="Reasonings a dimension; their distributions are averaged.", show_default="1")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the reasoning's words.", show_default="1")] = None,
+    max_output_tokens: Annotated[
+        int | None, typer.Option(help="Longest reasoning, its score included.", show_default="1024")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the reasonings.", show_default="0")] = None,
     max_pixels: Annotated[
         int | None, typer.Option(help="Image budget; larger pictures are scaled down.", show_default="the checkpoint's")
     ] = None,
@@ -84,6 +98,7 @@ def score(
       zscore score shards/ --out scores.parquet
       zscore score 's3://bucket/run-7/{00000..00099}.tar' --model ./student --out s3://bucket/run-7.parquet
       zscore score shards/ --out scores.parquet --retry-failed
+      zscore score shards/ --model ./teacher --reasoning --samples 4 --out teacher.parquet
       zscore score shards/ --dry-run
 
     \b
@@ -112,7 +127,8 @@ def score(
     judge_options = JudgeOptions(
         model=model,
         rubric=rubric,
-        layout=layout,
+        layout=_chosen_layout(layout, reasoning=reasoning),
+        reasoning=_reasoning_options(samples, temperature, max_output_tokens, seed),
         engine=engine,
         dtype=dtype,
         max_pixels=max_pixels,
@@ -120,6 +136,21 @@ def score(
         gpu_memory_utilization=gpu_memory_utilization,
     )
     execute(options, judge_options, max_failed=max_failed, quiet=quiet, dry_run=dry_run)
+
+
+def _chosen_layout(layout: str | None, *, reasoning: bool) -> str | None:
+    if reasoning and layout not in {None, "reasoning"}:
+        raise UsageError(f"--reasoning is a layout of its own: leave --layout {layout} out")
+    return "reasoning" if reasoning else layout
+
+
+def _reasoning_options(
+    samples: int | None, temperature: float | None, max_tokens: int | None, seed: int | None
+) -> ReasoningOptions:
+    from zscore.reasoning import ReasoningOptions
+
+    given = {"samples": samples, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    return ReasoningOptions(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def execute(

@@ -61,9 +61,9 @@ class TransformersEngine:
         import transformers
 
         self.version = transformers.__version__
-        self._device = _device(config.device)
-        self.dtype = _dtype_name(config.dtype, self._device)
-        self._model = _load(model, getattr(torch, self.dtype), self._device)
+        self._device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self._device)
+        self._model = load_model(model, getattr(torch, self.dtype), self._device)
         self._body = self._model.model
         weight_VH = self._model.get_output_embeddings().weight
         if max(level_token_ids) >= weight_VH.shape[0]:
@@ -75,10 +75,7 @@ class TransformersEngine:
         self._values_K = torch.tensor(level_values, dtype=torch.float32, device=self._device)
         text = self._model.config.get_text_config()
         self._image_token = int(self._model.config.image_token_id)
-        self._temporal = int(getattr(self._model.config.vision_config, "temporal_patch_size", 2))
-        mean_C, std_C = read_normalization(model)
-        self._mean_C11 = torch.tensor(mean_C, device=self._device)[:, None, None]
-        self._std_C11 = torch.tensor(std_C, device=self._device)[:, None, None]
+        self._scaling = Scaling(model, self._model.config, self._device, self._model.dtype)
         self.max_tokens = min(config.max_tokens, int(text.max_position_embeddings))
         self.max_in_flight = self._batch_size = config.batch_size
         self._queue: deque[tuple[int, EnginePrompt]] = deque()
@@ -103,7 +100,7 @@ class TransformersEngine:
     def _forward(self, prompts: list[EnginePrompt]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
         """Packed probes of each prompt, (D, K + 3)."""
         tokens_BT, mask_BT = _pad([prompt.token_ids for prompt in prompts])
-        pixels_NX = torch.cat([self._pixel_rows(prompt) for prompt in prompts])
+        pixels_NX = torch.cat([self._scaling(prompt) for prompt in prompts])
         grids = torch.tensor([(1, *prompt.pixels.grid) for prompt in prompts])
         output = self._body(
             input_ids=tokens_BT.to(self._device),
@@ -120,12 +117,6 @@ class TransformersEngine:
         ends = np.cumsum([len(prompt.probes) for prompt in prompts])
         return np.split(packed, ends[:-1])
 
-    def _pixel_rows(self, prompt: EnginePrompt) -> torch.Tensor:
-        """Patches as the vision tower reads them: (N, 3·S·P·P), scaled, the temporal slice repeated."""
-        patches_NCPP = torch.from_numpy(prompt.pixels.patches_NCPP).to(self._device).float() / 255
-        scaled_NCPP = ((patches_NCPP - self._mean_C11) / self._std_C11).to(self._model.dtype)
-        return scaled_NCPP.unsqueeze(2).expand(-1, -1, self._temporal, -1, -1).flatten(1)
-
     def close(self) -> None:
         """Free the model."""
         self._queue.clear()
@@ -134,19 +125,44 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def _device(name: str) -> torch.device:
+class Scaling:
+    """Patches as the vision tower reads them: uint8 → (N, 3·S·P·P), scaled, the temporal slice repeated.
+
+    Args:
+        folder: of the checkpoint, for its mean and standard deviation.
+        config: the model's.
+        device, dtype: of the result.
+    """
+
+    def __init__(self, folder: Path, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+        mean_C, std_C = read_normalization(folder)
+        self._device, self._dtype = device, dtype
+        self._mean_C11 = torch.tensor(mean_C, device=device)[:, None, None]
+        self._std_C11 = torch.tensor(std_C, device=device)[:, None, None]
+        self._temporal = int(getattr(config.vision_config, "temporal_patch_size", 2))
+
+    def __call__(self, prompt: EnginePrompt) -> torch.Tensor:
+        """Of one prompt's picture."""
+        patches_NCPP = torch.from_numpy(prompt.pixels.patches_NCPP).to(self._device).float() / 255
+        scaled_NCPP = ((patches_NCPP - self._mean_C11) / self._std_C11).to(self._dtype)
+        return scaled_NCPP.unsqueeze(2).expand(-1, -1, self._temporal, -1, -1).flatten(1)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; for auto the first GPU, else the CPU."""
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _dtype_name(name: str, device: torch.device) -> str:
+def pick_dtype(name: str, device: torch.device) -> str:
+    """The dtype of that name; for auto bfloat16 on a GPU, float32 elsewhere."""
     if name != "auto":
         return name
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def _load(model: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_model(model: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The model in eval mode; safetensors only, no code from the checkpoint.
 
     Raises:

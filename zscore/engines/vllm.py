@@ -19,6 +19,8 @@ from zscore.records import Failure, Status
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
     from zscore.records import EnginePrompt, LevelScores, Pixels
 
 __all__ = ["SUPPORTED", "VllmConfig", "VllmEngine"]
@@ -65,7 +67,7 @@ class VllmEngine:
         self.lockstep = config.chunked_prefill or config.prefix_caching or not on_cpu
         self._image_token = _image_token(model_config.hf_config)
         self._refused: list[tuple[int, Failure]] = []
-        self._pictures = _Pictures()
+        self._pictures = Pictures()
 
     def _start(self, model: str, config: VllmConfig) -> Any:
         """Start vLLM with our model in place of the checkpoint's architecture."""
@@ -118,30 +120,12 @@ class VllmEngine:
     def _add(self, request: str, prompt: EnginePrompt, picture: str) -> Failure | None:
         import torch
         from vllm import PoolingParams
-        from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 
+        tokens = prompt.token_ids
         patches_NX = np.require(prompt.pixels.patches_NCPP, requirements=["C", "W"]).reshape(
             len(prompt.pixels.patches_NCPP), -1
         )
-        items = MultiModalKwargsItems.from_hf_inputs(
-            {
-                "pixel_values": torch.from_numpy(patches_NX),
-                "image_grid_thw": torch.tensor([[1, *prompt.pixels.grid]]),
-            },
-            {
-                "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", torch.tensor([len(patches_NX)])),
-                "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
-            },
-        )
-        tokens = list(prompt.token_ids)
-        place = PlaceholderRange(offset=tokens.index(self._image_token), length=tokens.count(self._image_token))
-        rendered = {
-            "type": "multimodal",
-            "prompt_token_ids": tokens,
-            "mm_kwargs": items,
-            "mm_hashes": {"image": [picture]},
-            "mm_placeholders": {"image": [place]},
-        }
+        rendered = image_inputs(prompt, torch.from_numpy(patches_NX), self._image_token, picture)
         last_only = prompt.probes == (len(tokens) - 1,)
         params = PoolingParams(
             task="classify",
@@ -179,7 +163,37 @@ class VllmEngine:
             stop(engine)
 
 
-class _Pictures:
+def image_inputs(prompt: EnginePrompt, pixels_NX: torch.Tensor, image_token: int, name: str) -> dict[str, Any]:
+    """What vLLM makes of a prompt and its picture by itself, made by us.
+
+    Args:
+        prompt: token ids, with the picture's placeholders expanded.
+        pixels_NX: its patches, as the model reads them.
+        image_token: the placeholder.
+        name: of the picture; those of one name share their run through the vision tower.
+    """
+    import torch
+    from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+
+    items = MultiModalKwargsItems.from_hf_inputs(
+        {"pixel_values": pixels_NX, "image_grid_thw": torch.tensor([[1, *prompt.pixels.grid]])},
+        {
+            "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", torch.tensor([len(pixels_NX)])),
+            "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+        },
+    )
+    tokens = list(prompt.token_ids)
+    place = PlaceholderRange(offset=tokens.index(image_token), length=tokens.count(image_token))
+    return {
+        "type": "multimodal",
+        "prompt_token_ids": tokens,
+        "mm_kwargs": items,
+        "mm_hashes": {"image": [name]},
+        "mm_placeholders": {"image": [place]},
+    }
+
+
+class Pictures:
     """Names the pictures that are in flight; prompts that share one share its run through the vision tower."""
 
     def __init__(self) -> None:
@@ -188,9 +202,11 @@ class _Pictures:
         self._count = 0
 
     def __len__(self) -> int:
+        """Requests that are in flight."""
         return len(self._held)
 
     def enter(self, tag: int, pixels: Pixels) -> str:
+        """Note that a request reads this picture; returns its name."""
         self._held[tag] = pixels
         if id(pixels) not in self._names:
             self._names[id(pixels)] = f"picture-{self._count}"
@@ -198,6 +214,7 @@ class _Pictures:
         return self._names[id(pixels)]
 
     def leave(self, tag: int) -> None:
+        """Note that a request is done with its picture."""
         pixels = self._held.pop(tag)
         if not any(other is pixels for other in self._held.values()):
             del self._names[id(pixels)]

@@ -16,7 +16,7 @@ from PIL import Image
 from zscore.checkpoint import read_checkpoint
 from zscore.distribution import score_probes, unpack
 from zscore.engines.vllm import VllmEngine
-from zscore.engines.vllm_start import prepare_import, quiet, read_config, start
+from zscore.engines.vllm_start import quiet, read_config, register_by_class, start
 from zscore.errors import ModelError, UsageError
 from zscore.records import Failure, Status
 
@@ -29,12 +29,10 @@ class VllmClassifyEngine(VllmEngine):
     """Scores single-probe prompts with any architecture that vLLM can convert; see `VllmEngine`."""
 
     def _start(self, model: str, config: VllmConfig) -> Any:
-        prepare_import()
         config_json = read_config(model)
         architecture = str((config_json.get("architectures") or ["none"])[0])
         self._merge = read_checkpoint(model).merge
-        with quiet():
-            _register_by_class(architecture)
+        register_by_class(architecture)
         import torch
 
         token_ids, values = self._levels
@@ -99,19 +97,6 @@ def rebuild(pixels: Pixels, merge: int) -> Image.Image:
     blocks = pixels.patches_NCPP.reshape(rows // merge, columns // merge, merge, merge, 3, patch, patch)
     rgb_HWC = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)
     return Image.fromarray(np.ascontiguousarray(rgb_HWC))
-
-
-def _register_by_class(architecture: str) -> None:
-    """Import the model's class here; vLLM would look at it in a subprocess first, which takes as long again."""
-    from vllm import ModelRegistry
-
-    known = ModelRegistry.models.get(architecture)
-    if known is None:
-        raise ModelError(f"vLLM doesn't serve {architecture}: use --engine transformers")
-    try:
-        ModelRegistry.register_model(architecture, known.load_model_cls())
-    except ImportError as error:
-        raise ModelError(f"vLLM can't import its {architecture}: {error}") from error
 
 
 def _tied(config: dict[str, Any]) -> bool:

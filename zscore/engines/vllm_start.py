@@ -87,6 +87,25 @@ def start(model: str, config: VllmConfig, **settings: Any) -> Any:
     return engine
 
 
+def register_by_class(architecture: str) -> None:
+    """Import the model's class here; vLLM would look at it in a subprocess first, which takes as long again.
+
+    Raises:
+        ModelError: vLLM doesn't know it or can't import it.
+    """
+    prepare_import()
+    with quiet(), importing():
+        from vllm import ModelRegistry
+    known = ModelRegistry.models.get(architecture)
+    if known is None:
+        raise ModelError(f"vLLM doesn't serve {architecture}: use --engine transformers")
+    try:
+        with quiet():
+            ModelRegistry.register_model(architecture, known.load_model_cls())
+    except ImportError as error:
+        raise ModelError(f"vLLM can't import its {architecture}: {error}") from error
+
+
 def stop(engine: Any) -> None:
     """Shut an `LLMEngine` down and free what it holds in this process.
 

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from zscore.errors import RubricError
 
-Layout = Literal["joint", "separate"]
-LAYOUTS: tuple[Layout, ...] = ("joint", "separate")
+Layout = Literal["joint", "separate", "reasoning"]
+"""How scores are asked for: all in one prompt, a prompt each, or a prompt each and words before the score."""
+LAYOUTS: tuple[Layout, ...] = ("joint", "separate", "reasoning")
 MAX_LEVELS = 64
 # These would collide with other columns of scores.parquet.
 RESERVED = frozenset(
@@ -69,6 +70,10 @@ class Rubric:
     separate_probe: str
     joint_probe: str
     joint_between: str
+    reasoning_ask: str
+    """Ends the question where the model is to reason; empty where the rubric has no such layout."""
+    reasoning_marker: str
+    """What the model writes between its reasoning and the score."""
     source: str
     """The TOML text, kept in the metadata of every scores file."""
     hash: str
@@ -91,6 +96,10 @@ class Rubric:
         )
         text = self.question_text.replace("{title}", dimension.title).replace("{question}", dimension.question)
         return text.replace("{anchors}", anchors)
+
+    def ask(self, dimension: Dimension) -> str:
+        """What ends the question of one dimension where the model is to reason."""
+        return self.reasoning_ask.replace("{title}", dimension.title)
 
 
 def shipped() -> list[str]:
@@ -160,6 +169,8 @@ def _build(data: dict[str, Any], source: str) -> Rubric:
         separate_probe=data["layouts"]["separate"]["probe"],
         joint_probe=data["layouts"]["joint"]["probe"],
         joint_between=data["layouts"]["joint"]["between"],
+        reasoning_ask=str(data["layouts"].get("reasoning", {}).get("ask", "")),
+        reasoning_marker=str(data["layouts"].get("reasoning", {}).get("marker", "")),
         source=source,
         hash=hashlib.sha256(canonical.encode()).hexdigest(),
     )
@@ -182,6 +193,8 @@ def _check(rubric: Rubric, data: dict[str, Any], where: str) -> None:
         ),
         f"overall = {data.get('overall')!r}; only 'mean' is known": data.get("overall", "mean") != "mean",
         "a probe text is empty": not (rubric.separate_probe and rubric.joint_probe),
+        "layouts.reasoning wants both an ask and a marker": bool(rubric.reasoning_ask.strip())
+        != bool(rubric.reasoning_marker.strip()),
     }
     for name in rubric.names:
         problems[f"the dimension name {name!r} isn't a lower-case identifier, or is a column of its own"] = (

@@ -1,0 +1,67 @@
+"""Prompts with the outputs that follow them, as sequences to learn from: where the output's tokens and its score stand.
+
+EnginePrompt + Written → EnginePrompt with the output behind it, its probe before the score → Collator.pad
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from zscore.records import EnginePrompt
+    from zscore.rubrics.rubric import Rubric
+    from zscore_trainers.data import Collator
+    from zscore_trainers.policy import PolicyBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An output: sampled, or given as data."""
+
+    tokens: tuple[int, ...]
+    score_at: int | None
+    """Position of the score token in it; None where it has no score."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputBatch:
+    """Sequences of prompts and outputs. Shape suffixes: B sequences, T tokens."""
+
+    policy: PolicyBatch
+    """One probe a sequence: before the score, or -1."""
+    output_BT: Tensor
+    """True where a token is of the output."""
+    score_BT: Tensor
+    """True at the score token."""
+
+
+def with_output(prompt: EnginePrompt, written: Written) -> EnginePrompt:
+    """The prompt with an output behind it; its only probe is read before the score token."""
+    probe = -1 if written.score_at is None else len(prompt.token_ids) + written.score_at - 1
+    return replace(prompt, token_ids=(*prompt.token_ids, *written.tokens), probes=(probe,))
+
+
+def collate(collator: Collator, pairs: Sequence[tuple[EnginePrompt, Written]]) -> OutputBatch:
+    """Sequences of prompts with their outputs."""
+    batch = collator.pad([with_output(prompt, written) for prompt, written in pairs])
+    output_BT = torch.zeros_like(batch.tokens_BT, dtype=torch.bool)
+    score_BT = torch.zeros_like(output_BT)
+    for row, (prompt, written) in enumerate(pairs):
+        start = len(prompt.token_ids)
+        output_BT[row, start : start + len(written.tokens)] = True
+        if written.score_at is not None:
+            score_BT[row, start + written.score_at] = True
+    return OutputBatch(batch, output_BT, score_BT)
+
+
+def given(collator: Collator, rubric: Rubric, reasoning: str, level: int) -> Written:
+    """An output as the model should write it: the reasoning, the marker, the level token."""
+    words = collator.builder.encode(f"{reasoning.strip()} {rubric.reasoning_marker}")
+    return Written((*words, collator.builder.level_ids[level]), len(words))
