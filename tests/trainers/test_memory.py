@@ -155,3 +155,39 @@ def test_the_record_says_whether_the_bound_was_met(benchmark, monkeypatch, capsy
     assert result["full_logits_over_zscore"] == [2.0, 3.0]
     assert result["reached"]
     assert "full logits" in capsys.readouterr().out
+
+
+def test_gdso_ways_agree_and_two_passes_hold_less(benchmark, tmp_path):
+    """The three ways of the benchmark are one gradient; two passes hold a quarter of the graphs."""
+    script, memory = benchmark("gdso_two_pass"), benchmark("_memory")
+    problem = script.Problem.drawn(tmp_path, 1)
+    assert len(problem.batch.tokens_BT) == 2 * script.GROUP
+    lengths = problem.outputs_NT.sum(-1)
+    assert script.OUTPUT[0] <= lengths.min() <= lengths.max() <= script.OUTPUT[1]
+    assert not (problem.outputs_NT & ~problem.batch.mask_BT.bool()).any()
+    assert problem.outputs_NT.gather(1, problem.batch.probes_BD).all()
+    gradients, peaks, values = {}, {}, {}
+    for name, way in script.ways(problem, 4).items():
+        with memory.Tensors() as tensors:
+            values[name] = float(way())
+        gradients[name], peaks[name] = script.gradient(problem), memory.peak(tensors.changes)[0]
+    assert values["two_pass"] == pytest.approx(values["single"], rel=1e-5)
+    for name in ("two_pass", "kept"):
+        assert (gradients[name] - gradients["single"]).norm() < 1e-4 * gradients["single"].norm()
+    assert peaks["two_pass"] < 0.5 * min(peaks["single"], peaks["kept"])
+
+
+def test_ratios_are_taken_round_by_round(benchmark):
+    seconds = {"two_pass": [(2.0, 1.0), (9.0, 4.0), (3.0, 3.0)], "single": [(1.0, 1.0), (3.0, 2.0), (2.0, 1.0)]}
+    script = benchmark("gdso_two_pass")
+    assert script.ratios(seconds, "single", 0) == {"median": 2.0, "by_round": [2.0, 3.0, 1.5]}
+    assert script.ratios(seconds, "single", 1) == {"median": 2.0, "by_round": [1.0, 2.0, 3.0]}
+
+
+def test_micro_batches_are_the_batch_again(benchmark, tmp_path):
+    script = benchmark("gdso_two_pass")
+    whole = script.Problem.drawn(tmp_path, 1).batch
+    parts = script.split(whole, 5)
+    assert [len(part.tokens_BT) for part in parts] == [5, 5, 5, 1]
+    for name in ("tokens_BT", "mask_BT", "pixels_NX", "grid_B3", "probes_BD"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
