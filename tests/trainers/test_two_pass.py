@@ -64,15 +64,41 @@ def whole():
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7, SAMPLES])
-@pytest.mark.parametrize("seed", [None, 0, 1])
-def test_any_micro_batches_in_any_order(whole, size, seed):
+@pytest.mark.parametrize(("seed", "kept"), [(None, 1), (0, 0), (1, 1), (2, 2), (3, SAMPLES)])
+def test_any_micro_batches_in_any_order(whole, size, seed, kept):
     model, inputs = problem()
     order = torch.arange(SAMPLES)
     if seed is not None:
         order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))
-    value = two_pass(lambda batch: forward(model, batch), inputs[order].split(size), loss_of(order))
+    value = two_pass(lambda batch: forward(model, batch), inputs[order].split(size), loss_of(order), kept=kept)
     assert float(value) == pytest.approx(whole[0], abs=1e-12)
     torch.testing.assert_close(gradients(model), whole[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 100])
+def test_a_kept_graph_saves_a_forward_pass_and_is_gone_before_the_next(kept):
+    """Graphs that wait for their backward pass, at every call: never more than are kept, and one at least."""
+    model, inputs = problem()
+    calls, waiting, most = [], [0], [0]
+
+    def done(gradient):
+        waiting[0] -= 1
+        return gradient
+
+    def counted(batch):
+        calls.append(len(batch))
+        outputs = forward(model, batch)
+        if outputs[0].requires_grad:
+            waiting[0] += 1
+            most[0] = max(most[0], waiting[0])
+            outputs[0].register_hook(done)
+        return outputs
+
+    parts = inputs.split(4)
+    two_pass(counted, parts, loss_of(torch.arange(SAMPLES)), kept=kept)
+    assert len(calls) == 2 * len(parts) - min(kept, len(parts))
+    assert waiting == [0]
+    assert most == [max(1, min(kept, len(parts)))]
 
 
 def test_outputs_that_the_loss_ignores(whole):

@@ -9,7 +9,8 @@ log-probabilities), so the chain rule splits there:
     3. with a graph:     backward of sum(g_m * forward(m)) for one micro-batch m at a time
 
 which gives dL/dtheta to the last rounding, whatever the micro-batches are, and wherever the two halves of a pair lie.
-Forward has to give the same numbers twice: no dropout.
+Forward has to give the same numbers twice: no dropout. The last micro-batches of the first pass may keep their graphs
+for the third: one costs no memory, as its graph is gone before another is made, and saves a forward pass.
 
 Over several ranks the outputs of all are gathered for the second step, so that pairs may also lie on different ones.
 """
@@ -35,6 +36,7 @@ def two_pass(
     loss: Callable[..., Tensor],
     *,
     group: dist.ProcessGroup | None = None,
+    kept: int = 1,
 ) -> Tensor:
     """Add the gradient of `loss` over all micro-batches to the parameters' `.grad`.
 
@@ -45,6 +47,7 @@ def two_pass(
         loss: the tensors of all samples, in order (ranks first), → a scalar.
         group: the ranks to gather over; none where there is one process. Gradients are expected to be averaged over
             the ranks afterwards, as FSDP and DDP do.
+        kept: micro-batches whose graphs are held at once, from the first pass on; every one saves a forward pass.
 
     Returns:
         The loss, without a graph.
@@ -54,9 +57,12 @@ def two_pass(
     """
     if not micro_batches:
         raise ValueError("no micro-batches: there is nothing to differentiate")
+    again = max(0, len(micro_batches) - kept)
     with torch.no_grad():
-        first = [forward(batch) for batch in micro_batches]
-    mine = tuple(torch.cat(parts) for parts in zip(*first, strict=True))
+        first = [forward(batch) for batch in micro_batches[:again]]
+    live = [forward(batch) for batch in micro_batches[again:]]
+    with torch.no_grad():
+        mine = tuple(torch.cat(parts) for parts in zip(*first, *live, strict=True))
     gathered = [_gather(tensor, group) for tensor in mine]
     leaves = tuple(tensor.detach().requires_grad_() for tensor, _ in gathered)
     value = loss(*leaves)
@@ -66,16 +72,20 @@ def two_pass(
     for gradient, leaf, (_, start), tensor in zip(gradients, leaves, gathered, mine, strict=True):
         whole = torch.zeros_like(leaf) if gradient is None else gradient
         own.append(whole[start : start + len(tensor)] * ranks)  # undone by the average over ranks
-    done = 0
-    for batch, before in zip(micro_batches, first, strict=True):
+    counts = [len(outputs[0]) for outputs in (*first, *live)]
+    parts = list(zip(*(torch.split(gradient, counts) for gradient in own), strict=True))
+    while live:  # first, so that their graphs make room
+        _backward(live.pop(), parts.pop())
+    for batch, before, part in zip(micro_batches[:again], first, parts, strict=True):
         outputs = forward(batch)
         _check_same(before, outputs)
-        count = len(outputs[0])
-        parts = [gradient[done : done + count] for gradient in own]
-        live = [(output, part) for output, part in zip(outputs, parts, strict=True) if output.requires_grad]
-        torch.autograd.backward([output for output, _ in live], [part for _, part in live])
-        done += count
+        _backward(outputs, part)
     return value.detach()
+
+
+def _backward(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+    live = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
+    torch.autograd.backward([output for output, _ in live], [gradient for _, gradient in live])
 
 
 def _gather(tensor: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:

@@ -55,9 +55,18 @@ class _LogPartition(torch.autograd.Function):
         grad_weight_VH = torch.empty_like(weight_VH) if wants_weight else None
         for start in range(0, len(weight_VH), SLICE):
             weight_SH = weight_VH[start : start + SLICE]
-            share_MS = ((hidden_MH @ weight_SH.T).float() - total_M.unsqueeze(-1)).exp() * grads[0].unsqueeze(-1)
+            # In place: these are what a step's memory peaks at when the body is small.
+            share_MS = (hidden_MH @ weight_SH.T).float()
+            share_MS.sub_(total_M.unsqueeze(-1)).exp_().mul_(grads[0].unsqueeze(-1))
             if grad_hidden_MH is not None:
-                grad_hidden_MH += share_MS @ weight_SH.float()
+                grad_hidden_MH.addmm_(share_MS, weight_SH.float())
             if grad_weight_VH is not None:
-                grad_weight_VH[start : start + SLICE] = (share_MS.T @ hidden_MH.float()).to(weight_VH.dtype)
+                _product(share_MS.T, hidden_MH.float(), grad_weight_VH[start : start + SLICE])
         return None if grad_hidden_MH is None else grad_hidden_MH.to(hidden_MH.dtype), grad_weight_VH
+
+
+def _product(left_SM: Tensor, right_MH: Tensor, out_SH: Tensor) -> None:
+    if out_SH.dtype == left_SM.dtype:
+        torch.mm(left_SM, right_MH, out=out_SH)
+    else:
+        out_SH.copy_(left_SM @ right_MH)

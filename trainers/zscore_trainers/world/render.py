@@ -35,6 +35,8 @@ RGB = {
 }
 # Per point of severity.
 NOISE, BLUR, GAP, PIERCED, STRIPES = 0.045, 0.55, 1.25, 0.25, 0.07
+CALM, GARISH = 0.08, 0.18
+"""Saturation of a faultless ground, and what a point of severity adds to it."""
 SHADE, BAR = 0.45, (0.35, 0.35, 0.35)
 _TAPS = 13
 
@@ -112,7 +114,7 @@ def _object(thing: Thing | None) -> dict[str, object]:
 
 def _rest(scene: Scene) -> dict[str, object]:
     amount = dict((scene.realism, scene.aesthetics, scene.plausibility))
-    saturation = 0.08 + 0.18 * amount.get("garish", 0.0)
+    saturation = CALM + GARISH * amount.get("garish", 0.0)
     return {
         "gap": GAP * amount.get("floating", 0.0),
         "pierced": PIERCED * amount.get("pierced", 0.0),
