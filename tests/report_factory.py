@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from tests.scores_factory import metadata_in, random_rows, row, write_scores
-from tests.tiny import png, write_shards
+from tests.tiny import png, write_shards, write_tar
 from zscore.records import ScoreRow
 
 HOSTILE = (
@@ -69,6 +72,21 @@ def write_hostile(path: Path) -> Path:
     table = table.rename_columns(names).set_column(table.column_names.index("status"), "status", pa.array(status))
     pq.write_table(table.replace_schema_metadata({b"zscore": json.dumps(metadata).encode()}), path)
     return path
+
+
+def write_noise(folder: Path, pictures: int) -> tuple[Path, Path]:
+    """A table of pictures that no codec makes small, and their shard."""
+    members, rows = [], []
+    for n in range(pictures):
+        buffer = io.BytesIO()
+        values = np.random.default_rng(n).integers(0, 256, (320, 320, 3), np.uint8)
+        Image.fromarray(values).save(buffer, "PNG", compress_level=0)
+        data = buffer.getvalue()
+        members += [(f"k{n:05d}.png", data), (f"k{n:05d}.txt", b"p")]
+        digest = hashlib.sha256(data).hexdigest()
+        rows.append(row(n, shard="n.tar", means=1 + 4 * n / pictures, group=f"g{n // 8}", sha256=digest))
+    write_tar(folder / "noise" / "n.tar", members)
+    return write_scores(folder / "noise.parquet", rows), folder / "noise"
 
 
 def write_with_pictures(folder: Path, samples: int = 12) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -208,6 +209,16 @@ def spoil(path: Path, gaps: list[tuple[int, str, float | None]]) -> Path:
         values[number] = [value, *values[number][1:]] if is_list else value
         place = table.schema.get_field_index(column)
         table = table.set_column(place, column, pa.array(values, type=table.schema.field(column).type))
+    return rewrite(table, path, metadata)
+
+
+def blank(path: Path, column: str, numbers: Iterable[int]) -> Path:
+    """Put null into a column of these rows, whatever its type, as tools that don't keep our schema may."""
+    table, metadata = pq.read_table(path), metadata_in(path)
+    values, numbers = table[column].to_pylist(), set(numbers)
+    kind = table.schema.field(column).type
+    holed = pa.array([None if n in numbers else value for n, value in enumerate(values)], type=kind)
+    table = table.set_column(table.schema.get_field_index(column), pa.field(column, kind), holed)
     return rewrite(table, path, metadata)
 
 

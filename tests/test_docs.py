@@ -162,6 +162,13 @@ def test_decisions_are_numbered_and_settled() -> None:
         assert anchors(page) >= {"context", "decision", "consequences"}, page.name
 
 
+def test_no_help_shows_its_own_markup() -> None:
+    """In a raw docstring the mark that keeps examples on lines of their own would be printed, and wouldn't work."""
+    help_texts = load_generator().render()
+    assert "\\b" not in help_texts
+    assert "\n  Examples:\n    zscore report\n" in help_texts
+
+
 def test_the_changelog_has_the_version_that_is_built() -> None:
     import tomllib
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from PIL import Image
 
 from tests.chromium import Browser, Page, find
 from tests.report_factory import HOSTILE, write_hostile, write_with_pictures
 from tests.scores_factory import random_rows, row, write_scores
+from tests.tiny import write_tar
 from zscore.report.job import ReportOptions, write_report
 from zscore.tables import open_scores
 
@@ -114,10 +118,67 @@ def test_all_that_is_open_fits_a_phone_too(browser: Browser, hostile: Path) -> N
 
 def test_every_picture_is_shown(browser: Browser, illustrated: Path) -> None:
     page = browser.open(illustrated)
-    sizes = page.eval("[...document.images].map(image => [image.complete, image.naturalWidth, image.alt])")
-    assert len(sizes) >= 36
-    assert all(complete and width == 64 and alt for complete, width, alt in sizes)
+    seen = page.eval(
+        """Promise.all([...document.querySelectorAll(".picture svg")].map(async (svg) => {
+          const shown = svg.firstElementChild, first = document.getElementById((shown.getAttribute("href")).slice(1));
+          await (shown.localName === "use" ? first : shown).decode();
+          const box = svg.getBoundingClientRect();
+          return [shown.localName, shown.getBBox().width, svg.getAttribute("aria-label"), box.width, box.height];
+        }))"""
+    )
+    assert len(seen) >= 36
+    assert {kind for kind, *_ in seen} == {"image", "use"}
+    assert all(width == 64 and label.startswith("Picture ") for _, width, label, *_ in seen)
+    assert all(width > 100 and height > 100 for *_, width, height in seen)
     page.close()
+
+
+def test_a_picture_that_stands_elsewhere_is_drawn_again(browser: Browser, tmp_path: Path) -> None:
+    """By the colour of the pixels, since a reference that leads nowhere is as large as one that leads somewhere."""
+    folder = tmp_path / "red"
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(buffer, "PNG")
+    data = buffer.getvalue()
+    write_tar(folder / "s.tar", [("k.png", data), ("k.txt", b"t")])
+    path = write_scores(tmp_path / "s.parquet", [row(0, shard="s.tar", key="k", sha256=sha256(data).hexdigest())])
+    for width in (1280, 375):
+        page = browser.open(made(tmp_path, path, shards=(str(folder),)), width=width, height=800)
+        for kind in ("image", "use"):
+            at = page.eval(
+                f"""(() => {{
+                  const shown = document.querySelector(".picture {kind}");
+                  shown.closest(".card").scrollIntoView({{block: "center", behavior: "instant"}});
+                  const box = shown.closest("svg").getBoundingClientRect();
+                  return [box.x + box.width / 2, box.y + box.height / 2];
+                }})()"""
+            )
+            page.settle()
+            page.screenshot(tmp_path / "shot.png", full=False)
+            pixel = Image.open(tmp_path / "shot.png").convert("RGB").getpixel((int(at[0]), int(at[1])))
+            assert isinstance(pixel, tuple)
+            assert pixel[0] > 240
+            assert max(pixel[1:]) < 20
+        assert page.complaints == []
+        page.close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"error": "no picture in the sample: it has " + "0123456789abcdef" * 6 + ".json"},
+        {"error": "/a" * 400},
+        {"shard": "aesthetics_v2_6plus_part_000123_resized_512x512_final.tar"},
+    ],
+)
+def test_a_failure_of_long_words_fits_a_phone(browser: Browser, tmp_path: Path, words: dict[str, str]) -> None:
+    path = write_scores(tmp_path / "s.parquet", [row(0, status="bad_image", **words), row(1), row(2)])
+    for width in (320, 375):
+        page = browser.open(made(tmp_path, path), width=width, height=800)
+        assert page.eval("document.documentElement.scrollWidth") <= width
+        # What isn't long stays in one piece.
+        pieces = "[...document.querySelectorAll('#status th code')].map(code => code.getClientRects().length)"
+        assert page.eval(pieces) == [1, 1]
+        page.close()
 
 
 def test_the_slider_says_what_polars_says(page: Page, table: Path) -> None:
@@ -257,6 +318,9 @@ def test_screen_readers_find_their_way(page: Page) -> None:
     assert levels[0] == 1
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
     assert page.eval("document.documentElement.lang") == "en"
+    # Else every step of the slider would be read aloud twice.
+    entries = [entry for node in tree if node["role"]["value"] == "status" for entry in node.get("properties", [])]
+    assert [entry["value"]["value"] for entry in entries if entry["name"] == "live"].count("polite") == 1
 
 
 def test_what_a_chart_shows_stands_in_a_table(page: Page, table: Path) -> None:

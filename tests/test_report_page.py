@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow.parquet as pq
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.report_factory import HOSTILE, write_hostile, write_with_pictures
-from tests.scores_factory import metadata_in, random_rows, row, two, write_parts, write_scores
+from tests.report_factory import HOSTILE, write_hostile, write_noise, write_with_pictures
+from tests.scores_factory import blank, metadata_in, random_rows, rewrite, row, two, write_parts, write_scores
+from tests.tiny import png, write_tar
 from zscore.cli.app import build_app
 from zscore.errors import OutputError, TableError, UsageError, ZscoreError
 from zscore.report.job import ReportOptions, ReportSummary, write_report
 from zscore.report.page import policy
+from zscore.report.pictures import MOST_BYTES, Thumbnail, Thumbnails
 from zscore.report.provenance import facts_of
 from zscore.tables import open_scores
 
@@ -76,6 +79,10 @@ def report(source: Path | str, out: Path, **options: Any) -> tuple[Reader, Repor
     return Reader(html.decode()), summary
 
 
+def report_to(out: str, **options: Any) -> ReportSummary:
+    return write_report(open_scores("scores.parquet"), ReportOptions(out=out, **options))
+
+
 def test_a_page_says_what_is_in_the_table(tmp_path: Path) -> None:
     rows = random_rows(1, rows=80, groups=12)
     path = write_scores(tmp_path / "run-7.parquet", rows)
@@ -124,7 +131,8 @@ def test_a_page_asks_for_nothing(tmp_path: Path) -> None:
     page, summary = report(path, tmp_path, shards=(str(shards),))
     assert summary.pictures > 12
     assert summary.faults == ()
-    assert page.tags.count("img") >= summary.pictures
+    assert page.tags.count("image") == summary.pictures
+    assert page.tags.count("use") > 0
     for _, name, value in page.attributes:
         if name in {"src", "href", "srcset", "data", "action", "poster"}:
             assert value.startswith(("#", "data:"))
@@ -162,7 +170,9 @@ def test_an_empty_table_makes_a_page_that_says_so(tmp_path: Path) -> None:
 
 def test_a_table_of_failures_makes_a_page_that_says_why(tmp_path: Path) -> None:
     rows = [row(n, status="missing_prompt" if n else "bad_image", error=f"why {n}") for n in range(5)]
-    page, summary = report(write_scores(tmp_path / "s.parquet", rows), tmp_path, shards=("nowhere",))
+    (tmp_path / "shard.tar").write_bytes(b"")
+    path = write_scores(tmp_path / "s.parquet", rows)
+    page, summary = report(path, tmp_path, shards=(str(tmp_path / "shard.tar"),))
     assert (summary.rows, summary.scored) == (5, 0)
     for words in ("No picture has a score", "missing_prompt", "why 1", "80.0%"):
         assert words in page.text
@@ -226,7 +236,6 @@ def test_mixed_files_show_what_they_share(tmp_path: Path) -> None:
 
 def test_a_table_of_few_columns_shows_what_it_has(tmp_path: Path) -> None:
     import polars as pl
-    import pyarrow.parquet as pq
 
     path = write_scores(tmp_path / "s.parquet", random_rows(2, rows=40))
     table = pq.read_table(path)
@@ -257,11 +266,129 @@ def test_no_zero_has_a_sign(tmp_path: Path) -> None:
 
 
 def test_no_pictures_are_shown_when_none_are_wanted(tmp_path: Path) -> None:
-    page, _ = report(
-        write_scores(tmp_path / "s.parquet", random_rows(2, rows=40)), tmp_path, top=0, shards=("nowhere",)
-    )
+    (tmp_path / "shard.tar").write_bytes(b"nobody reads this")
+    path = write_scores(tmp_path / "s.parquet", random_rows(2, rows=40))
+    page, _ = report(path, tmp_path, top=0, shards=(str(tmp_path / "shard.tar"),))
     assert "article" not in page.tags
     assert "Best of N" in page.text
+
+
+def embedded(page: Reader) -> list[str]:
+    return [value for tag, name, value in page.attributes if (tag, name) == ("image", "href")]
+
+
+def test_a_picture_that_is_shown_twice_is_in_the_page_once(tmp_path: Path) -> None:
+    path, shards = write_with_pictures(tmp_path, samples=4)
+    page, summary = report(path, tmp_path, shards=(str(shards),), top=8)
+    pictures = embedded(page)
+    assert len(pictures) == len(set(pictures)) == summary.pictures == 8
+    names = [value for tag, name, value in page.attributes if (tag, name) == ("image", "id")]
+    assert names == [f"picture-{n}" for n in range(1, 9)]
+    referred = [value for tag, name, value in page.attributes if (tag, name) == ("use", "href")]
+    shown = [value for tag, name, value in page.attributes if value.startswith("Picture ")]
+    assert len(referred) == len(shown) - 8 > 0
+    assert set(referred) <= {f"#{name}" for name in names}
+
+
+def test_copies_of_a_picture_are_in_the_page_once(tmp_path: Path) -> None:
+    digest = hashlib.sha256(png(1)).hexdigest()
+    write_tar(tmp_path / "a.tar", [(f"k{n}.{s}", d) for n in range(3) for s, d in (("png", png(1)), ("txt", b"t"))])
+    rows = [row(n, shard="a.tar", key=f"k{n}", sha256=digest, means=1 + n) for n in range(3)]
+    page, summary = report(write_scores(tmp_path / "s.parquet", rows), tmp_path, shards=(str(tmp_path / "a.tar"),))
+    assert (len(embedded(page)), summary.faults) == (1, ())
+
+
+def test_a_page_of_noise_has_a_size_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, shards = write_noise(tmp_path, 24)
+    bare, small = report(path, tmp_path, top=12)
+    assert embedded(bare) == []
+    for room in (1_000_000, 300_000, 170_000):
+        monkeypatch.setattr("zscore.report.job.MOST_PAGE", small.size + room)
+        page, summary = report(path, tmp_path, shards=(str(shards),), top=12)
+        assert (summary.pictures, summary.faults) == (24, ())
+        assert small.size < summary.size <= small.size + room
+        assert len(embedded(page)) == 24
+
+
+def test_the_most_pictures_leave_a_page_that_can_be_mailed(tmp_path: Path) -> None:
+    """Of the largest thumbnails and the longest texts, without the minutes that it takes to make them."""
+    from zscore.report import job
+
+    texts = {"prompt": '"' * 2000, "key": "<" * 200}
+    rows = [row(n, means=1 + 4 * (n * 97 % 480) / 479, group=f"g{n // 8}", **texts) for n in range(480)]
+    scores = open_scores(str(write_scores(tmp_path / "s.parquet", rows)))
+    seen: list[int] = []
+
+    def largest(rows: Any, _shards: Any, _options: Any, most: int) -> Thumbnails:
+        seen.append(most)
+        encoded = [b64encode(n.to_bytes(4) + bytes(most - 4)).decode() for n in range(480)]
+        made = [Thumbnail(f"data:image/webp;base64,{data}", 320, 320) for data in encoded]
+        return Thumbnails({("s-0000.tar", n): thumbnail for n, thumbnail in enumerate(made)})
+
+    (tmp_path / "s-0000.tar").write_bytes(b"")
+    options = ReportOptions(out=str(tmp_path / "r.html"), shards=(str(tmp_path / "s-0000.tar"),), top=job.MOST_TOP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zscore.report.job.read_thumbnails", largest)
+        summary = write_report(scores, options)
+    assert 4_000 < seen[0] < MOST_BYTES
+    assert 8_000_000 < summary.size <= 10_000_000
+
+
+def test_files_that_were_scored_with_other_options_have_pictures(tmp_path: Path) -> None:
+    for name, keys in (("a", "png"), ("b", "out.png")):
+        members = [("k.png", png(1)), ("k.out.png", png(2)), ("k.txt", b"t")]
+        write_tar(tmp_path / "shards" / f"{name}.tar", members)
+        digest = hashlib.sha256(png(1 if keys == "png" else 2)).hexdigest()
+        rows = [row(0, shard=f"{name}.tar", key="k", sha256=digest, means=2 if name == "a" else 3)]
+        options = {"image_keys": keys, "max_text_bytes": 1000 + len(keys)}
+        write_scores(tmp_path / "t" / f"{name}.parquet", rows, options=options)
+    _, summary = report(tmp_path / "t", tmp_path, shards=(str(tmp_path / "shards"),))
+    assert (summary.pictures, summary.faults) == (2, ())
+
+
+@pytest.mark.parametrize("column", ["index", "shard", "key", "prompt", "group", "sha256", "width", "error"])
+def test_a_null_anywhere_makes_a_page(tmp_path: Path, column: str) -> None:
+    path, shards = write_with_pictures(tmp_path)
+    blank(path, column, range(0, 24, 2))
+    page, summary = report(path, tmp_path, shards=(str(shards),), top=60)
+    assert summary.scored == 24
+    missing = page.text.count("the row doesn't say which sample it is")
+    assert (missing > 0) == (column in {"index", "shard"})
+    assert "sample None" not in page.text.partition("Provenance")[0].partition("Best")[2]
+
+
+def test_a_candidate_of_another_prompt_shows_it(tmp_path: Path) -> None:
+    rows = [row(n, group="g", means=4 - n, prompt="a cat" if n != 1 else "a dog") for n in range(3)]
+    page, _ = report(write_scores(tmp_path / "s.parquet", rows), tmp_path)
+    _, _, groups = page.text.partition("groups have more than one scored picture")
+    groups, _, _ = groups.partition("The rubric in full")
+    # The heading alone, where it is the card's own.
+    assert (groups.count("a cat"), groups.count("a dog")) == (1, 1)
+
+
+def test_a_mixed_table_is_filtered_as_one(tmp_path: Path) -> None:
+    write_scores(tmp_path / "t" / "a.parquet", [row(0)])
+    write_scores(tmp_path / "t" / "b.parquet", [row(1)], layout="separate")
+    page, _ = report(tmp_path / "t", tmp_path, allow_mixed=True, sources=("my t/",))
+    assert page.data["command"] == "zscore filter 'my t/' --allow-mixed"
+    page, _ = report(tmp_path / "t" / "a.parquet", tmp_path, allow_mixed=True, sources=("a.parquet",))
+    assert page.data["command"] == "zscore filter a.parquet"
+
+
+def test_a_rubric_without_its_text_is_no_fault(tmp_path: Path) -> None:
+    path = write_scores(tmp_path / "s.parquet", [row(0)])
+    assert "The rubric in full" in report(path, tmp_path)[0].text
+    metadata = metadata_in(path)
+    del metadata["rubric"]["source"]
+    rewrite(pq.read_table(path), path, metadata)
+    assert "The rubric in full" not in report(path, tmp_path)[0].text
+
+
+@pytest.mark.parametrize("options", [None, [], "odd", {"image_keys": 5}])
+def test_odd_options_cost_nothing(tmp_path: Path, options: Any) -> None:
+    path, shards = write_with_pictures(tmp_path)
+    rewrite(pq.read_table(path), path, {**metadata_in(path), "options": options})
+    assert report(path, tmp_path, shards=(str(shards),))[1].faults == ()
 
 
 def test_pictures_that_are_gone_leave_a_notice(tmp_path: Path) -> None:
@@ -287,6 +414,43 @@ def test_the_page_is_never_written_over_the_table(tmp_path: Path) -> None:
         with pytest.raises(UsageError):
             write_report(open_scores(str(path)), ReportOptions(out=out))
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("given", ["shards", "shards/t-0000.tar", "shards/t-{0000..0001}.tar"])
+@pytest.mark.parametrize("out", ["shards/t-0000.tar", "shards/../shards/t-0000.tar", "soft.tar", "hard.tar"])
+@pytest.mark.parametrize("top", [0, 12])
+def test_the_page_is_never_written_over_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, out: str, top: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_with_pictures(tmp_path)
+    (tmp_path / "soft.tar").symlink_to("shards/t-0000.tar")
+    (tmp_path / "hard.tar").hardlink_to("shards/t-0000.tar")
+    before = (tmp_path / "shards" / "t-0000.tar").read_bytes()
+    monkeypatch.setattr("zscore.report.job.read_statuses", lambda _: pytest.fail("the table was read"))
+    with pytest.raises(UsageError, match=r"--out .*tar is the shard .*shards/t-0000.tar that is read"):
+        report_to(out, shards=(given,), top=top)
+    assert (tmp_path / "shards" / "t-0000.tar").read_bytes() == before
+
+
+def test_the_page_is_never_written_over_a_remote_shard(tmp_path: Path) -> None:
+    path, shards = write_with_pictures(tmp_path)
+    fsspec.filesystem("memory").pipe("/sh/t-0000.tar", (shards / "t-0000.tar").read_bytes())
+    with pytest.raises(UsageError, match=r"is the shard memory://.*t-0000\.tar"):
+        write_report(
+            open_scores(str(path)), ReportOptions(out="memory://sh/t-0000.tar", shards=("memory://sh/t-0000.tar",))
+        )
+
+
+@pytest.mark.parametrize("source", ["parts", "parts/*.parquet"])
+def test_the_page_never_becomes_a_part_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_parts(tmp_path / "parts", random_rows(2, rows=20))
+    with pytest.raises(UsageError, match="from then on"):
+        write_report(open_scores(source), ReportOptions(out="parts/report.parquet"))
+    assert write_report(open_scores(source), ReportOptions(out="parts/report.html")).rows == 20
 
 
 def test_a_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +537,22 @@ def test_the_command_tells_of_pictures_that_it_cant_show(app: typer.Typer, tmp_p
     assert "t-0001.tar" in done.stderr
 
 
+def test_names_of_members_cant_steer_the_terminal(app: typer.Typer, tmp_path: Path) -> None:
+    shard = tmp_path / "shards" / "t\x1b]0;PWNED\x07\x1b[31m.tar"
+    write_tar(shard, [("a\x9b31m.png", b"garbage"), ("a\x9b31m.txt", b"t"), ("b.png", png(1)), ("b.txt", b"t")])
+    rows = [
+        row(0, shard=shard.name, key="a\x9b31m", sha256=hashlib.sha256(b"garbage").hexdigest()),
+        row(1, shard=shard.name, key="b\x1b[2J", means=2),
+    ]
+    path = write_scores(tmp_path / "s.parquet", rows)
+    arguments = ["report", str(path), "--shards", str(shard.parent), "--out", str(tmp_path / "r.html")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0
+    assert done.stderr.count("zscore: no picture: ") == 2
+    assert "\\u001b]0;PWNED\\u0007" in done.stderr
+    assert not {"\x1b", "\x07", "\x9b"} & set(done.output)
+
+
 def test_the_command_says_that_nothing_was_scored(app: typer.Typer, tmp_path: Path) -> None:
     path = write_scores(tmp_path / "s.parquet", [row(0, status="bad_image")])
     done = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "r.html")])
@@ -386,7 +566,9 @@ def test_the_command_says_that_nothing_was_scored(app: typer.Typer, tmp_path: Pa
         (["missing.parquet"], TableError, "there is no missing.parquet"),
         (["s.parquet", "--top", "100"], UsageError, "--top 100"),
         (["s.parquet", "--shards", "missing/"], UsageError, "missing"),
+        (["s.parquet", "--shards", "missing/", "--top", "0"], UsageError, "missing"),
         (["s.parquet", "--out", "s.parquet"], UsageError, "the table that is read"),
+        (["s.parquet", "--shards", "a.tar", "--out", "a.tar"], UsageError, "--out a.tar is the shard"),
         (["s.parquet", "--out", "memory-less://x/r.html"], UsageError, "memory-less"),
     ],
 )
@@ -395,6 +577,7 @@ def test_errors_are_ours(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_scores(tmp_path / "s.parquet", [row(0)])
+    (tmp_path / "a.tar").write_bytes(b"")
     done = CliRunner().invoke(app, ["report", *arguments])
     assert isinstance(done.exception, kind), done.exception
     assert isinstance(done.exception, ZscoreError)

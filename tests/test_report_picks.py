@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.scores_factory import random_rows, read_rows, row, without, write_scores
+from tests.scores_factory import blank, random_rows, read_rows, row, without, write_scores
 from zscore.records import ScoreRow
-from zscore.report.cards import MOST_PROMPT, draw, make_card
+from zscore.report.cards import MOST_FAULT, MOST_PROMPT, Album, Picture, draw, make_card
 from zscore.report.columns import columns_of
 from zscore.report.picks import GROUP_SIZE, Gallery, GroupStats, choose_galleries, group_stats, read_groups
-from zscore.report.pictures import Thumbnails
+from zscore.report.pictures import Thumbnail, Thumbnails
 from zscore.report.summary import Grid, read_numbers
 from zscore.tables import ROW, Scores, open_scores
 
@@ -53,7 +53,7 @@ def test_galleries_are_what_a_sort_gives(tmp_path: Path, seed: int) -> None:
     assert places(made["Worst"]) == naive(rows, lambda r: r["overall"], 10)
 
     def width(found: dict[str, Any]) -> float:
-        return -float(np.mean(np.asarray([found[f"{name}_std"] for name in names], np.float32)))
+        return -float(np.mean([found[f"{name}_std"] for name in names]))
 
     assert places(made["Most uncertain"]) == naive(rows, width, 10)
 
@@ -68,6 +68,23 @@ def test_a_picture_is_shown_once_a_gallery(tmp_path: Path) -> None:
     same = hashlib.sha256(b"same").hexdigest()
     rows = [row(n, means=5, sha256=same) for n in range(5)] + [row(n, means=4 - n / 10) for n in range(5, 12)]
     assert places(galleries(opened(tmp_path, rows), 4)["Best"]) == [0, 5, 6, 7]
+
+
+@pytest.mark.parametrize("copies", [200, 950, 1000])
+def test_however_often_a_picture_occurs_the_gallery_is_full(tmp_path: Path, copies: int) -> None:
+    same = hashlib.sha256(b"same").hexdigest()
+    rows = [row(n, means=5 - n / 1000, **({"sha256": same} if n < copies else {})) for n in range(1000)]
+    scores = opened(tmp_path, rows)
+    expected = [0, *range(copies, 1000)][:12]
+    assert places(galleries(scores, 12)["Best"]) == expected
+    assert len(places(galleries(scores, 12)["Worst"])) == min(12, 1000 - copies + 1)
+
+
+def test_pictures_without_a_digest_are_all_different(tmp_path: Path) -> None:
+    path = write_scores(tmp_path / "s.parquet", [row(n, means=1 + n / 100, sha256=None) for n in range(300)])
+    scores = open_scores(str(path))
+    assert places(galleries(scores, 4)["Best"]) == [299, 298, 297, 296]
+    assert places(galleries(without(scores, "sha256"), 4)["Best"]) == [299, 298, 297, 296]
 
 
 def test_few_rows_are_best_or_worst_and_not_both(tmp_path: Path) -> None:
@@ -103,9 +120,36 @@ def test_a_card_says_that_its_picture_is_missing(tmp_path: Path) -> None:
     scores = opened(tmp_path, [row(0)])
     (best,) = galleries(scores, 1)["Best"].rows
     columns = columns_of(scores)
-    unread = make_card(best, columns, scores.values, Thumbnails({("s-0000.tar", 0): "broken"}, []))
-    assert (unread.thumbnail, unread.fault) == (None, "broken")
-    assert make_card(best, columns, scores.values, Thumbnails()).fault == "the picture couldn't be read"
+    unread = make_card(best, columns, scores.values, Album(Thumbnails({("s-0000.tar", 0): "broken" * 99}, [])))
+    assert unread.picture is None
+    assert unread.fault.startswith("brokenbroken")
+    assert len(unread.fault) == MOST_FAULT
+    assert make_card(best, columns, scores.values, Album(Thumbnails())).fault == "the picture couldn't be read"
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [({"index": None}, "s-0000.tar"), ({"shard": None}, "sample 0"), ({"shard": None, "index": None}, "")],
+)
+def test_a_card_of_a_row_that_names_no_sample(tmp_path: Path, changes: dict[str, Any], place: str) -> None:
+    scores = opened(tmp_path, [row(0)])
+    (best,) = galleries(scores, 1)["Best"].rows
+    card = make_card({**best, **changes}, columns_of(scores), scores.values, Album(Thumbnails()))
+    assert (card.place, card.picture, card.fault) == (place, None, "the row doesn't say which sample it is")
+    assert make_card({**best, **changes}, columns_of(scores), scores.values, None).fault == ""
+
+
+def test_an_album_holds_the_bytes_of_a_picture_once() -> None:
+    red, blue = Thumbnail("data:red", 4, 3), Thumbnail("data:blue", 4, 3)
+    album = Album(Thumbnails({("a", 0): red, ("a", 1): blue, ("b", 7): Thumbnail("data:red", 4, 3)}))
+    taken = [album.take({"shard": shard, "index": n}) for shard, n in (("a", 0), ("a", 1), ("a", 0), ("b", 7))]
+    assert all(isinstance(one, Picture) for one in taken)
+    assert [(one.number, one.is_first) for one in taken if isinstance(one, Picture)] == [
+        (1, True),
+        (2, True),
+        (1, False),
+        (1, False),
+    ]
 
 
 def test_long_texts_are_cut(tmp_path: Path) -> None:
@@ -201,6 +245,23 @@ def test_failed_candidates_count_for_nothing(tmp_path: Path) -> None:
     rows = [row(0, group="g", means=2), row(1, group="g", status="bad_image"), row(2, group="h", status="bad_image")]
     found = stats_of(opened(tmp_path, rows))
     assert (found.groups, found.several) == (1, 0)
+
+
+def test_a_row_without_a_group_is_in_none(tmp_path: Path) -> None:
+    rows = [row(n, means=1 + n / 2, group=f"g{n // 3}") for n in range(6)]
+    path = blank(write_scores(tmp_path / "s.parquet", rows), "group", [0, 5])
+    scores = open_scores(str(path))
+    found = stats_of(scores)
+    assert (found.groups, found.several, found.sizes) == (2, 2, (2, 2, 2))
+    assert [sum(bins) for bins in found.covered] == [2] * 5
+    made = read_groups(scores, columns_of(scores), found.chosen)
+    assert [(group.name, [r[ROW] for r in group.rows]) for group in made] == [("g0", [2, 1]), ("g1", [4, 3])]
+
+
+def test_where_no_row_has_a_group_there_are_none(tmp_path: Path) -> None:
+    path = blank(write_scores(tmp_path / "s.parquet", [row(n) for n in range(3)]), "group", range(3))
+    scores = open_scores(str(path))
+    assert group_stats(scores, columns_of(scores), GRID, 3) is None
 
 
 def test_no_group_column_means_no_groups(tmp_path: Path) -> None:

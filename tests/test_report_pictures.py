@@ -13,12 +13,22 @@ import pytest
 from PIL import Image
 
 from zscore.errors import ShardNotFoundError, TableError
-from zscore.report.pictures import EDGE, MOST_BYTES, Thumbnail, Thumbnails, read_thumbnails
+from zscore.records import ShardRef
+from zscore.report.pictures import EDGE, MOST_BYTES, STEPS, Thumbnail, Thumbnails, read_thumbnails, sample_of
+from zscore.samples import read_samples
+from zscore.shards import expand
 
 
 def picture(colour: str = "red", size: tuple[int, int] = (64, 48), form: str = "PNG", **more: Any) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, form, **more)
+    return buffer.getvalue()
+
+
+def noise(seed: int, size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(values).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -39,7 +49,7 @@ def wanted(index: int, key: str, data: bytes | None = None, name: str = "a.tar")
 
 
 def read(folder: Path, *rows: dict[str, Any], **options: Any) -> Thumbnails:
-    return read_thumbnails(rows, [str(folder)], options)
+    return read_thumbnails(rows, expand([str(folder)]), [options])
 
 
 def colour(made: Thumbnail | str) -> tuple[int, ...]:
@@ -161,27 +171,89 @@ def test_thumbnails_stand_upright(tmp_path: Path) -> None:
     assert (made.width, made.height) == (20, 60)
 
 
-def test_even_noise_makes_a_small_thumbnail(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (600, 600, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).resize((320, 320)).save(buffer, "PNG")
-    shard(tmp_path / "a.tar", [("k.png", buffer.getvalue()), ("k.txt", b"t")])
-    made = read(tmp_path, wanted(0, "k")).by_sample["a.tar", 0]
+@pytest.mark.parametrize("most", [MOST_BYTES, 9000, 2000, 600])
+@pytest.mark.parametrize("size", [(320, 320), (200, 320), (1000, 500)])
+def test_even_noise_makes_a_small_thumbnail(tmp_path: Path, size: tuple[int, int], most: int) -> None:
+    shard(tmp_path / "a.tar", [("k.png", noise(0, size)), ("k.txt", b"t")])
+    found = read_thumbnails([wanted(0, "k")], expand([str(tmp_path)]), [], most)
+    made = found.by_sample["a.tar", 0]
     assert isinstance(made, Thumbnail)
-    assert len(made.url) * 3 / 4 <= MOST_BYTES + 100
+    assert len(b64decode(made.url.partition(",")[2])) <= most
+    assert max(made.width, made.height) >= STEPS[-1][0]
+    assert made.width / made.height == pytest.approx(size[0] / size[1], rel=0.1)
+
+
+def test_no_room_makes_the_smallest_thumbnail(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", [("k.png", noise(0, (320, 320))), ("k.txt", b"t")])
+    made = read_thumbnails([wanted(0, "k")], expand([str(tmp_path)]), [], -5).by_sample["a.tar", 0]
+    assert isinstance(made, Thumbnail)
+    assert (made.width, made.height) == (STEPS[-1][0], STEPS[-1][0])
+
+
+def test_of_several_options_those_are_right_that_give_the_scored_picture(tmp_path: Path) -> None:
+    data = {name: picture(name) for name in ("red", "blue", "lime", "black")}
+    for name, (one, other) in {"a": ("red", "blue"), "b": ("lime", "black")}.items():
+        shard(tmp_path / f"{name}.tar", [("k.png", data[one]), ("k.out.png", data[other]), ("k.txt", b"t")])
+    rows = [wanted(0, "k", data["red"], "a.tar"), wanted(0, "k", data["black"], "b.tar")]
+    options = [{"image_keys": "png"}, {"image_keys": "out.png", "max_text_bytes": 5}, {"image_keys": "png"}]
+    for order in (options, options[::-1]):
+        found = read_thumbnails(rows, expand([str(tmp_path)]), order)
+        assert found.faults == []
+        assert [colour(found.by_sample[f"{name}.tar", 0]) for name in "ab"] == [(1, 0, 0), (0, 0, 0)]
+
+
+def test_without_a_digest_the_first_options_count(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", [("k.png", picture("red")), ("k.out.png", picture("blue")), ("k.txt", b"t")])
+    options = [{"image_keys": "out.png"}, {"image_keys": "png"}]
+    found = read_thumbnails([wanted(0, "k")], expand([str(tmp_path)]), options)
+    assert colour(found.by_sample["a.tar", 0]) == (0, 0, 1)
+
+
+def test_where_no_options_fit_it_is_said_once(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", [("k.png", picture("red")), ("k.txt", b"t")])
+    options = [{"image_keys": "png"}, {"image_keys": "jpg"}]
+    found = read_thumbnails([wanted(0, "k", b"another")], expand([str(tmp_path)]), options)
+    assert found.faults == ["a.tar, sample 0: the shard holds another picture than the one that was scored"]
+
+
+@pytest.mark.parametrize("options", [{"image_keys": 5}, {"max_text_bytes": None}, {"group_key": ["x"]}])
+def test_options_of_a_wrong_type_are_as_good_as_none(tmp_path: Path, options: dict[str, Any]) -> None:
+    shard(tmp_path / "a.tar", [("k.png", picture("red")), ("k.txt", b"t")])
+    assert colour(read(tmp_path, wanted(0, "k"), **options).by_sample["a.tar", 0]) == (1, 0, 0)
+
+
+def test_a_row_that_names_no_sample_has_no_picture(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", [("k.png", picture("red")), ("k.txt", b"t")])
+    rows = [wanted(0, "k"), {**wanted(0, "k"), "index": None}, {**wanted(0, "k"), "shard": None}, wanted(-1, "k")]
+    assert [sample_of(made) for made in rows] == [("a.tar", 0), None, None, None]
+    assert list(read(tmp_path, *rows).by_sample) == [("a.tar", 0)]
+    assert read(tmp_path, *rows[1:]).by_sample == {}
+
+
+def test_a_row_without_a_key_takes_what_is_there(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", [("k.png", picture("red")), ("k.txt", b"t")])
+    found = read(tmp_path, {**wanted(0, "k"), "key": None})
+    assert (colour(found.by_sample["a.tar", 0]), found.faults) == ((1, 0, 0), [])
+
+
+def test_nothing_is_called_kept_that_is_only_shown(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        shard(tmp_path / f"{name}.tar", [("k.png", picture()), ("k.txt", b"t")])
+    (tmp_path / "c.tar").write_bytes(b"x" * 2048)
+    found = read(tmp_path, wanted(0, "other"), wanted(7, "k", name="b.tar"), wanted(0, "k", name="c.tar"))
+    with pytest.raises(TableError) as error:
+        read(tmp_path, wanted(0, "k", name="z.tar"))
+    texts = [*found.faults, str(error.value)]
+    assert len(texts) == 4
+    assert not any("kept" in text or "copied" in text for text in texts)
 
 
 def test_real_pictures_are_shown(shared_data: Path) -> None:
-    import polars as pl
-
-    from zscore.records import ShardRef
-    from zscore.samples import read_samples
-
     rows = []
     for path in sorted((shared_data / "avt-shards").glob("*.tar"))[:2]:
         samples = list(read_samples(ShardRef(str(path), path.name, -1, "")))
         rows += [wanted(n, samples[n].key, samples[n].image, path.name) for n in (0, len(samples) - 1)]
-    found = read_thumbnails(pl.DataFrame(rows).iter_rows(named=True), [str(shared_data / "avt-shards")], {})
+    found = read_thumbnails(rows, expand([str(shared_data / "avt-shards")]), [])
     assert found.faults == []
     assert all(
         isinstance(made, Thumbnail) and max(made.width, made.height) == EDGE for made in found.by_sample.values()

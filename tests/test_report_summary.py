@@ -5,13 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 
-from tests.scores_factory import random_rows, row, two, without, write_scores
+from tests.scores_factory import metadata_in, random_rows, rewrite, row, two, without, write_scores
+from zscore.criteria import FilterOptions
 from zscore.errors import TableError
+from zscore.filters import FilterTargets, filter_scores
 from zscore.records import Status
 from zscore.report.columns import Columns, columns_of
 from zscore.report.summary import (
@@ -149,12 +153,45 @@ def test_rows_without_a_number_are_left_out_and_counted(tmp_path: Path) -> None:
 
 def test_pictures_are_counted_once(table: Scores) -> None:
     frame = table.frame.filter(pl.col("status") == "ok").collect()
-    assert count_pictures(table) == frame["sha256"].n_unique() < frame.height
+    assert count_pictures(table, columns_of(table)) == frame["sha256"].n_unique() < frame.height
 
 
 def test_pictures_without_a_digest_arent_counted_as_one(tmp_path: Path) -> None:
     path = write_scores(tmp_path / "s.parquet", [row(0), row(1, sha256=None)])
-    assert count_pictures(open_scores(str(path))) is None
+    scores = open_scores(str(path))
+    assert count_pictures(scores, columns_of(scores)) is None
+
+
+def test_pictures_that_have_no_score_arent_counted(tmp_path: Path) -> None:
+    rows = [row(0), row(1), row(2, means=math.nan), row(3, status="bad_image"), row(4, means=math.nan, sha256=None)]
+    scores = open_scores(str(write_scores(tmp_path / "s.parquet", rows)))
+    assert count_pictures(scores, columns_of(scores)) == 2
+
+
+@pytest.mark.parametrize("huge", [3e38, 1e30, 1e19])
+def test_a_huge_std_lies_in_the_highest_cell(huge: float) -> None:
+    numbers = of_scores(a=[1.0, 3.0, 5.0])
+    numbers.std["a"] = np.asarray([0.5, huge, math.inf], np.float32)
+    (line,) = uncertainty(numbers, Z_GRID)
+    assert sorted(line["cells"]) == [[0, 6, 1], [20, WIDTH_BINS - 1, 1]]
+
+
+def test_float64_scores_are_compared_as_filter_compares_them(tmp_path: Path) -> None:
+    bounds = (2.95, 3.0, 3.7)
+    values = [3.0, math.nextafter(3.0, 0), 2.99999999999, 3.7, float(np.float32(3.7)), 2.95, float(np.float32(2.95))]
+    path = write_scores(tmp_path / "s.parquet", [row(n) for n in range(len(values))])
+    table, metadata = pq.read_table(path), metadata_in(path)
+    place = table.schema.get_field_index("overall")
+    rewrite(table.set_column(place, "overall", pa.array(values, pa.float64())), path, metadata)
+    scores = open_scores(str(path))
+    numbers = read_numbers(scores, columns_of(scores))
+    assert numbers.score["overall"].tolist() == values
+    assert numbers.score["alignment"].dtype == np.float32
+    counts = Z_GRID.count(numbers.score["overall"])
+    for bound in bounds:
+        targets = FilterTargets(kept=str(tmp_path / "kept.parquet"))
+        kept = filter_scores(scores, FilterOptions(minimum={"overall": bound}), targets, dry_run=True).kept
+        assert sum(counts[Z_GRID.stops.index(bound) + 1 :]) == kept
 
 
 def test_a_description_is_numpys(numbers: Numbers) -> None:

@@ -8,13 +8,27 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.scores_factory import random_rows, read_rows, rewrite, row, two, write_parts, write_scores, zscore
+from tests.scores_factory import (
+    blank,
+    metadata_in,
+    random_rows,
+    read_rows,
+    rewrite,
+    row,
+    spoil,
+    two,
+    without,
+    write_parts,
+    write_scores,
+    zscore,
+)
 from zscore.cli.render import plain
 from zscore.errors import UsageError
-from zscore.overview import head, one_row, overview
+from zscore.overview import head, one_row, overview, rows_with_key
 from zscore.tables import Scores, open_scores
 
 
@@ -29,6 +43,16 @@ def opened(path: Path) -> Scores:
 
 def lines_of(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def gap(path: Path) -> None:
+    """Null for the first level of a distribution."""
+    table, metadata = pq.read_table(path), metadata_in(path)
+    place = table.schema.get_field_index("alignment_probs")
+    values = table["alignment_probs"].to_pylist()
+    values[0] = [None, *values[0][1:]]
+    column = pa.array(values, type=table.schema.field(place).type)
+    rewrite(table.set_column(place, table.schema.field(place), column), path, metadata)
 
 
 class TestOverview:
@@ -64,6 +88,15 @@ class TestOverview:
         assert found.nonfinite == {"overall": 2, "alignment": 2}
         assert found.spreads[1].mean == 4
 
+    def test_null_is_no_group_and_no_picture(self, tmp_path: Path) -> None:
+        path = write_scores(tmp_path / "s.parquet", [row(n, group=f"g{n % 2}") for n in range(4)])
+        blank(blank(path, "sha256", [3]), "group", [0, 2])
+        found = overview(opened(path))
+        assert (found.groups, found.pictures) == (1, 3)
+        blank(blank(path, "sha256", range(4)), "group", range(4))
+        found = overview(opened(path))
+        assert (found.groups, found.pictures) == (0, 0)
+
     def test_no_rows_and_no_scores(self, tmp_path: Path) -> None:
         for rows in ([], [row(0, status="bad_image")]):
             found = overview(opened(write_scores(tmp_path / "s.parquet", rows)))
@@ -79,9 +112,16 @@ class TestOverview:
         scores = opened(write_scores(tmp_path / "s.parquet", [row(n, rubric=two()) for n in range(5)], two()))
         assert head(scores, 3).columns == ["shard", "key", "prompt", "overall", "left", "right"]
         assert head(scores, 3)["key"].to_list() == ["k00000", "k00001", "k00002"]
+        assert head(scores, 10**30).height == 5
         mixed = opened(write_scores(tmp_path / "m.parquet", [row(0), row(1, status="bad_image")]))
         assert "status" in head(mixed, 2).columns
         assert "status" not in head(mixed, 1).columns
+
+    def test_head_without_overall_has_the_dimensions(self, tmp_path: Path) -> None:
+        scores = opened(write_scores(tmp_path / "s.parquet", [row(0, rubric=two())], two()))
+        assert head(without(scores, "overall"), 1).columns == ["shard", "key", "prompt", "left", "right"]
+        bare = without(scores, "overall", "left", "right")
+        assert head(bare, 1).columns == ["shard", "index", "key", "prompt", "group", "status"]
 
 
 class TestOneRow:
@@ -98,8 +138,6 @@ class TestOneRow:
             ({"number": 0}, 0),
             ({"number": 4}, 4),
             ({"number": -1}, 5),
-            ({"key": "k1"}, 1),
-            ({"key": "s-2.tar/k1"}, 5),
         ],
     )
     def test_found(self, scores: Scores, wanted, width: int) -> None:
@@ -110,14 +148,23 @@ class TestOneRow:
     @pytest.mark.parametrize(
         ("wanted", "said"),
         [
-            ({"number": 6}, r"--row 6: .*s\.parquet has 6 rows, numbered from 0"),
-            ({"number": -7}, "--row -7"),
-            ({"key": "k9"}, "--key k9: .* has no such row; give KEY or SHARD/KEY"),
+            (6, r"--row 6: .*s\.parquet has 6 rows, numbered from 0"),
+            (-7, "--row -7"),
+            (10**30, "--row 1000000"),
+            (-(10**30), "--row -1000000"),
         ],
     )
-    def test_not_found(self, scores: Scores, wanted, said: str) -> None:
+    def test_not_found(self, scores: Scores, wanted: int, said: str) -> None:
         with pytest.raises(UsageError, match=said):
-            one_row(scores, **wanted)
+            one_row(scores, number=wanted)
+
+    @pytest.mark.parametrize(("key", "numbers"), [("k1", [1, 3, 5]), ("s-2.tar/k1", [5]), ("s-0.tar/k0", [0])])
+    def test_a_key_may_name_several_rows(self, scores: Scores, key: str, numbers: list[int]) -> None:
+        assert rows_with_key(scores, key) == numbers
+
+    def test_an_unknown_key(self, scores: Scores) -> None:
+        with pytest.raises(UsageError, match="--key k9: .* has no such row; give KEY or SHARD/KEY"):
+            rows_with_key(scores, "k9")
 
     def test_a_table_of_failures_shows_its_first(self, tmp_path: Path) -> None:
         scores = opened(write_scores(tmp_path / "s.parquet", [row(3, status="bad_image")]))
@@ -195,6 +242,52 @@ class TestCommand:
         assert zscore("show", "parts", "--row", 29) == 0
         assert "key k00029" in lines_of(capsys.readouterr().out)
 
+    def test_a_key_of_several_rows_is_told(self, here: Path, capsys) -> None:
+        write_scores(here / "scores.parquet", [row(n, shard=f"{n}.tar", key="k") for n in range(3)])
+        assert zscore("show", "--key", "k", "--rows", 0) == 0
+        shown = lines_of(capsys.readouterr().out)
+        assert "shard 0.tar" in shown
+        assert "2 more rows are called 'k', the next is --row 1" in shown
+        assert zscore("show", "--key", "1.tar/k", "--rows", 0) == 0
+        assert "more rows" not in capsys.readouterr().out
+
+    def test_what_has_no_number_is_called_so(self, here: Path, capsys) -> None:
+        write_scores(here / "scores.parquet", [row(n) for n in range(4)])
+        spoil(here / "scores.parquet", [(0, "overall", None), (1, "overall", math.inf), (2, "overall", math.nan)])
+        assert zscore("show") == 0
+        assert "overall missing, NaN or infinite 3" in lines_of(capsys.readouterr().out)
+
+    def test_a_distribution_with_a_gap(self, here: Path, capsys) -> None:
+        write_scores(here / "scores.parquet", [row(0)])
+        gap(here / "scores.parquet")
+        assert zscore("show") == 0
+        assert "alignment_probs 1.00 –" in lines_of(capsys.readouterr().out)
+
+    @pytest.mark.parametrize("values", [[0.5], [["a"] * 9], [None]])
+    def test_a_foreign_column_that_is_called_like_a_distribution(self, here: Path, capsys, values) -> None:
+        write_scores(here / "scores.parquet", [row(0)], extra={"my_probs": values})
+        assert zscore("show") == 0
+        said = {0.5: "0.5000", None: "–"}.get(values[0]) if not isinstance(values[0], list) else str(values[0])
+        assert f"my_probs {said}" in lines_of(capsys.readouterr().out)
+
+    @pytest.mark.parametrize("columns", [30, 40, 50, 60, 72, 100])
+    def test_numbers_are_whole_on_a_narrow_terminal(self, here: Path, capsys, monkeypatch, columns: int) -> None:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        path = write_scores(here / "scores.parquet", random_rows(rows=40))
+        scores = opened(path)
+        assert zscore("show") == 0
+        shown = capsys.readouterr().out
+        assert shown.isprintable() or "\n" in shown
+        for spread in overview(scores).spreads:
+            numbers = (spread.mean, spread.std, spread.smallest, spread.quarter, spread.median, spread.largest)
+            (line,) = [line for line in shown.splitlines() if f" {spread.mean:.3f} " in line]
+            assert all(f"{number:.3f}" in line.split() for number in numbers)
+        listed = shown.partition("the first 10 rows")[2].partition("one row in full")[0]
+        for made in head(scores, 10).to_dicts():
+            assert f" {made['plausibility']:.2f}" in listed if made["overall"] is not None else True
+        if columns >= 60:
+            assert max(map(len, shown.splitlines())) <= columns
+
     def test_derived_tables(self, here: Path, capsys) -> None:
         write_scores(here / "scores.parquet", random_rows(rows=60, groups=6))
         assert zscore("filter", "--min", 2.9, "--dropped", "d.parquet", "-q") == 0
@@ -232,7 +325,9 @@ class TestCommand:
         [
             (["nope.parquet"], 1, "there is no nope.parquet"),
             (["--row", "7"], 2, "--row 7: scores.parquet has 1 rows"),
+            (["--row", str(10**30)], 2, "scores.parquet has 1 rows"),
             (["--key", "x"], 2, "--key x: scores.parquet has no such row"),
+            (["--key", "k00000", "--row", "0"], 2, "--key and --row both name the row to show in full"),
         ],
     )
     def test_errors_are_one_line_and_nothing_else(self, here: Path, capsys, arguments, code: int, said: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -310,6 +312,76 @@ class TestMixed:
             open_scores(str(folder))
 
 
+class TestMetadata:
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"rubric": "z-reward"}, "has no rubric in its metadata"),
+            ({"rubric": {}}, r"its metadata's rubric\.dimensions isn't a list of names"),
+            ({"rubric": {"dimensions": "abc", "levels": []}}, "dimensions isn't a list of names"),
+            ({"rubric": {"dimensions": [1], "levels": []}}, "dimensions isn't a list of names"),
+            ({"rubric": {"dimensions": []}}, r"rubric\.levels isn't a list of levels with a value each"),
+            ({"rubric": {"dimensions": [], "levels": [{"token": "1"}]}}, "levels isn't a list of levels"),
+            ({"rubric": {"dimensions": [], "levels": [{"value": "1"}]}}, "levels isn't a list of levels"),
+            ({"rubric": {"dimensions": [], "levels": [{"value": math.nan}]}}, "levels isn't a list of levels"),
+            ({"rubric": {"dimensions": [], "levels": [1.0, 2.0]}}, "levels isn't a list of levels"),
+            ({"derived": ["x"]}, "its metadata's derived isn't a list of objects"),
+            ({"derived": None}, "derived isn't a list of objects"),
+            ({"counts": ["ok"]}, "counts isn't numbers by status"),
+            ({"counts": {"ok": "many"}}, "counts isn't numbers by status"),
+            ({"shards": None}, "shards isn't a number"),
+            ({"created": 5}, "created isn't a text"),
+            ({"finished": None}, "finished isn't a text"),
+            ({"part": {"shard": "s"}}, "part isn't an object that names its shard"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["show", "report"])
+    def test_what_zscore_doesnt_write_is_told_in_one_line(
+        self, tmp_path: Path, monkeypatch, capsys, changes, said: str, command: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        path = write_scores(tmp_path / "s.parquet", [row(0)])
+        rewrite(pq.read_table(path), path, {**metadata_in(path), **changes})
+        assert zscore(command, path) == 1
+        shown = capsys.readouterr()
+        assert re.search(said, shown.err)
+        assert shown.err.startswith(f"zscore: {path}")
+        assert shown.err.endswith("it isn't a scores table\n")
+        assert (shown.err.count("\n"), shown.out) == (1, "")
+
+    @pytest.mark.parametrize("text", ['["x"]', '"x"', "5", "null", "{", "", b"\xff\xfe{}"])
+    @pytest.mark.parametrize("command", ["show", "report"])
+    def test_metadata_that_is_no_object(self, tmp_path: Path, monkeypatch, capsys, text, command: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        table = pq.read_table(write_scores(tmp_path / "s.parquet", [row(0)]))
+        pq.write_table(table.replace_schema_metadata({"zscore": text}), tmp_path / "s.parquet")
+        assert zscore(command, "s.parquet") == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith("zscore: s.parquet has zscore metadata that isn't")
+        assert shown.endswith("it isn't a scores table\n")
+
+    def test_what_is_only_shown_may_be_missing(self, tmp_path: Path, monkeypatch, capsys) -> None:
+        monkeypatch.chdir(tmp_path)
+        path = write_scores(tmp_path / "s.parquet", [row(0)])
+        whole = metadata_in(path)["rubric"]
+        bare = {"rubric": {"dimensions": whole["dimensions"], "levels": whole["levels"]}}
+        for metadata in (bare, {**bare, "model": "x", "engine": 5, "options": None, "template": None}):
+            rewrite(pq.read_table(path), path, metadata)
+            for command in ("show", "report"):
+                assert zscore(command, path) == 0
+            assert capsys.readouterr().err == ""
+
+    def test_files_that_differ_are_mixed(self, tmp_path: Path) -> None:
+        one = write_scores(tmp_path / "1.parquet", [row(0)])
+        same = write_scores(tmp_path / "2.parquet", [row(1)], options={"image_keys": "png"})
+        other = write_scores(tmp_path / "3.parquet", [row(2)], layout="separate")
+        step = write_scores(tmp_path / "4.parquet", [row(3)], derived=[{"command": "filter", "criteria": {}}])
+        assert not open_scores(str(one), str(same), allow_mixed=True).mixed
+        assert not open_scores(str(other), allow_mixed=True).mixed
+        assert open_scores(str(one), str(other), allow_mixed=True).mixed
+        assert open_scores(str(one), str(step), allow_mixed=True).mixed
+
+
 class TestOutput:
     def test_files_appear_together_or_not_at_all(self, tmp_path: Path) -> None:
         one, other = tmp_path / "one", tmp_path / "other"
@@ -369,6 +441,11 @@ class TestOutput:
             check_targets([], {"--out": str(tmp_path / "a"), "--dropped": None, "--npy": str(tmp_path / "b/../a")})
         with pytest.raises(UsageError, match="is the table that is read"):
             check_targets(["s3://b/s.parquet"], {"--out": "s3://b/s.parquet"})
+        with pytest.raises(UsageError, match=r"--out s3://b/2\.tar is the shard s3://b/2\.tar that is read"):
+            check_targets([], {"--out": "s3://b/2.tar"}, shards=["s3://b/1.tar", "s3://b/2.tar"])
+        with pytest.raises(UsageError, match=r"--out .*soft\.parquet is the shard .*s\.parquet that is read"):
+            check_targets([], {"--out": str(tmp_path / "soft.parquet")}, shards=[str(source)])
+        check_targets([], {"--out": str(tmp_path / "new.tar")}, shards=[str(source), "s3://b/new.tar"])
         check_targets([str(source)], {"--out": str(tmp_path / "new"), "--dropped": "s3://b/new"})
 
     @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import polars as pl
 from zscore.errors import UsageError
 from zscore.records import Status
 from zscore.table_output import fetch
-from zscore.tables import OVERALL, is_ok
+from zscore.tables import OVERALL, ROW, is_ok
 
 if TYPE_CHECKING:
     from zscore.tables import Scores
@@ -45,7 +45,7 @@ class Overview:
     pictures: int | None
     """Different ones, by their bytes."""
     nonfinite: dict[str, int]
-    """Scored rows with NaN or infinity, by column."""
+    """Scored rows with no value, NaN or infinity, by column."""
     spreads: tuple[Spread, ...]
 
 
@@ -61,7 +61,8 @@ def overview(scores: Scores) -> Overview:
     names = [name for name in (OVERALL, *scores.dimensions) if name in scores.schema]
     aggregates = [pl.len().alias("rows")]
     # Hashes take 8 bytes a row where the texts would take a hundred.
-    aggregates += [pl.col(name).hash().n_unique().alias(name) for name in ("group", "sha256") if name in scores.schema]
+    named = [name for name in ("group", "sha256") if name in scores.schema]
+    aggregates += [pl.col(name).drop_nulls().hash().n_unique().alias(name) for name in named]
     total = fetch(scores.frame.select(aggregates), scores.name).row(0, named=True)
     scored = scores.frame.filter(is_ok()) if has_status else scores.frame
     found = [_spread(scores, scored, name) for name in names]
@@ -95,7 +96,8 @@ def _spread(scores: Scores, scored: pl.LazyFrame, name: str) -> tuple[Spread | N
 
 def head(scores: Scores, rows: int) -> pl.DataFrame:
     """The first rows: where they are, what they show, their scores; of a table without scores its first columns."""
-    if OVERALL not in scores.schema:
+    rows = min(rows, scores.rows)
+    if OVERALL not in scores.schema and not scores.dimensions:
         return fetch(scores.frame.head(rows).select(scores.schema.names()[:6]), scores.name)
     wanted = ["shard", "key", "status", "prompt", "reason", OVERALL, *scores.dimensions, "select_rank", "select_score"]
     found = fetch(scores.frame.head(rows).select(name for name in wanted if name in scores.schema), scores.name)
@@ -103,23 +105,30 @@ def head(scores: Scores, rows: int) -> pl.DataFrame:
     return found.drop("status") if all_ok else found
 
 
-def one_row(scores: Scores, *, number: int | None = None, key: str | None = None) -> dict[str, Any] | None:
-    """A row in full: by number from 0 (negative from the end), by KEY or SHARD/KEY, or the first that has scores.
+def rows_with_key(scores: Scores, key: str) -> list[int]:
+    """Numbers of the rows that are called KEY or SHARD/KEY; keys may repeat over shards.
 
     Raises:
         UsageError: there is no such row.
     """
-    if key is not None:
-        scores.require("shard", "key")
-        path = pl.concat_str(pl.col("shard").cast(pl.String), pl.lit("/"), pl.col("key"))
-        found = fetch(scores.frame.filter((pl.col("key") == key) | (path == key)).head(1), scores.name)
-        if found.is_empty():
-            raise UsageError(f"--key {key}: {scores.name} has no such row; give KEY or SHARD/KEY as the table has them")
-    elif number is not None:
+    scores.require("shard", "key")
+    path = pl.concat_str(pl.col("shard").cast(pl.String), pl.lit("/"), pl.col("key"))
+    found = fetch(scores.numbered.filter((pl.col("key") == key) | (path == key)).select(ROW), scores.name)
+    if found.is_empty():
+        raise UsageError(f"--key {key}: {scores.name} has no such row; give KEY or SHARD/KEY as the table has them")
+    return sorted(found[ROW].to_list())
+
+
+def one_row(scores: Scores, *, number: int | None = None) -> dict[str, Any] | None:
+    """A row in full: by number from 0 (negative from the end), or the first that has scores.
+
+    Raises:
+        UsageError: there is no such row.
+    """
+    if number is not None:
+        if not -scores.rows <= number < scores.rows:
+            raise UsageError(f"--row {number}: {scores.name} has {scores.rows} rows, numbered from 0")
         found = fetch(scores.frame.slice(number, 1), scores.name)
-        if found.is_empty():
-            rows = fetch(scores.frame.select(pl.len()), scores.name).item()
-            raise UsageError(f"--row {number}: {scores.name} has {rows} rows, numbered from 0")
     else:
         rows_with_scores = scores.frame.filter(is_ok()) if "status" in scores.schema else scores.frame
         found = fetch(rows_with_scores.head(1), scores.name)

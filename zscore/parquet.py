@@ -141,7 +141,12 @@ def read_metadata(source: Any, where: str) -> dict[str, Any]:
         raise TableError(f"{where} can't be read as parquet: {str(error).splitlines()[0]}") from error
     if raw is None:
         raise TableError(f"{where} has no zscore metadata: it isn't a scores file (made by `zscore score`)")
-    metadata: dict[str, Any] = json.loads(raw)
+    try:
+        metadata = json.loads(raw)
+    except ValueError as error:
+        raise TableError(f"{where} has zscore metadata that isn't JSON ({error}): it isn't a scores table") from error
+    if not isinstance(metadata, dict):
+        raise TableError(f"{where} has zscore metadata that isn't a JSON object: it isn't a scores table")
     return metadata
 
 

@@ -1,4 +1,4 @@
-"""Which source shards hold the kept rows of a table, and the samples in them.
+"""Which source shards hold the rows of a table, kept ones or shown ones, and the samples in them.
 
 A row names its sample by shard and number. Shards go by the names that they had in scoring, or, given from another
 common root, by the end of their paths.
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source shard and the rows that are kept of it."""
+    """One source shard and the rows that are wanted of it."""
 
     shard: ShardRef
     name: str
-    """What the kept rows call it."""
+    """What the rows call it."""
     rows: pl.DataFrame
     """Columns index and, if known, key, ascending."""
 
     def passages(
         self, after: int, stand_ins: frozenset[str], before_closing: Callable[[], None]
     ) -> Generator[tuple[Passage, Carrier]]:
-        """The kept samples behind number `after`, each with the carrier that copies it.
+        """The wanted samples behind number `after`, each with the carrier that copies it.
 
         Args:
             after: -1 for all.
@@ -44,11 +44,12 @@ class Source:
             before_closing: called before the shard is closed, for copies that are still to be made.
 
         Raises:
-            TableError: a kept sample isn't there, can't be read, or has another key than the row.
+            TableError: a wanted sample isn't there, can't be read, or has another key than the row.
         """
         indexes = self.rows["index"].to_list()
         wanted = [index for index in indexes if index > after]
-        keys = dict(zip(indexes, self.rows["key"].to_list(), strict=True)) if "key" in self.rows else {}
+        named = zip(indexes, self.rows["key"].to_list(), strict=True) if "key" in self.rows else ()
+        keys = {index: key for index, key in named if key is not None}
         if not wanted:
             return
         left = len(wanted)
@@ -59,7 +60,7 @@ class Source:
                 for passage in passages:
                     if keys.get(passage.index, passage.key) != passage.key:
                         raise TableError(
-                            f"sample {passage.index} of {self.shard.name} is '{passage.key}', the kept rows say "
+                            f"sample {passage.index} of {self.shard.name} is '{passage.key}', the rows say "
                             f"'{keys[passage.index]}': the shard isn't the one that was scored"
                         )
                     yield passage, carrier
@@ -67,7 +68,7 @@ class Source:
                     if not left:
                         return
         except ShardFault as fault:
-            raise TableError(f"{self._lost(wanted, left)} can't be copied: {fault.failure.error}") from fault
+            raise TableError(f"{self._lost(wanted, left)} can't be read: {fault.failure.error}") from fault
         raise TableError(
             f"{self._lost(wanted, left)} isn't there, the shard has {passages.samples:,} samples: "
             "it isn't the one that was scored"
@@ -75,28 +76,28 @@ class Source:
 
     def _lost(self, wanted: Sequence[int], left: int) -> str:
         more = f" (and {left - 1:,} more)" if left > 1 else ""
-        return f"kept sample {wanted[-left]}{more} of {self.shard.name}"
+        return f"sample {wanted[-left]}{more} of {self.shard.name}"
 
 
-def locate(kept: pl.LazyFrame, shards: Sequence[ShardRef]) -> list[Source]:
-    """The source shards of which something is kept, in their order.
+def locate(wanted: pl.LazyFrame, shards: Sequence[ShardRef]) -> list[Source]:
+    """The source shards of which something is wanted, in their order.
 
     Args:
-        kept: rows with `shard` and `index`, and perhaps `key`.
+        wanted: rows with `shard` and `index`, and perhaps `key`.
         shards: where to look.
 
     Raises:
         TableError: a row names no sample, one that another row names, or a shard that isn't there.
     """
-    columns = kept.collect_schema().names()
+    columns = wanted.collect_schema().names()
     names = [name for name in ("shard", "index", "key") if name in columns]
-    rows = kept.select(names).with_columns(pl.col("shard").cast(pl.String), pl.col("index").cast(pl.Int64)).collect()
+    rows = wanted.select(names).with_columns(pl.col("shard").cast(pl.String), pl.col("index").cast(pl.Int64)).collect()
     empty = rows.filter(pl.col("shard").is_null() | pl.col("index").is_null() | (pl.col("index") < 0))
     if empty.height:
-        raise TableError(f"{empty.height:,} kept rows name no sample; the first: {empty.row(0)}")
+        raise TableError(f"{empty.height:,} rows name no sample; the first: {empty.row(0)}")
     twice = rows.select("shard", "index").filter(pl.struct("shard", "index").is_duplicated())
     if twice.height:
-        raise TableError(f"{twice.unique().height:,} samples are kept twice; the first: {twice.row(0)}")
+        raise TableError(f"{twice.unique().height:,} samples are named twice; the first: {twice.row(0)}")
     by_name = {
         str(part["shard"][0]): part.drop("shard").sort("index")
         for part in rows.partition_by("shard", maintain_order=True)
@@ -113,7 +114,7 @@ def _located(names: Sequence[str], shards: Sequence[ShardRef]) -> dict[str, str]
         ends = [exact[name]] if name in exact else [shard for shard in shards if _same_end(shard, name)]
         if len(ends) > 1:
             raise TableError(
-                f"the kept rows' shard '{name}' may be {ends[0].url} or {ends[1].url}: give --shards as in scoring"
+                f"the rows' shard '{name}' may be {ends[0].url} or {ends[1].url}: give --shards as in scoring"
             )
         if not ends:
             missing.append(name)
@@ -122,11 +123,11 @@ def _located(names: Sequence[str], shards: Sequence[ShardRef]) -> dict[str, str]
     if missing:
         more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
         raise TableError(
-            f"{len(missing):,} of the {len(names):,} shards in the kept rows aren't in --shards: "
+            f"{len(missing):,} of the {len(names):,} shards that the rows name aren't in --shards: "
             f"{', '.join(missing[:3])}{more}; there are {len(shards):,}, the first called {shards[0].name}"
         )
     if len(found) < len(names):
-        raise TableError("two shard names of the kept rows stand for the same file: give --shards as in scoring")
+        raise TableError("two shard names of the rows stand for the same file: give --shards as in scoring")
     return found
 
 

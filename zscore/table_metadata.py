@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from zscore.errors import TableError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 # What makes scores comparable: (where in the metadata, what people call it, what to show of it).
 _IDENTITY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
@@ -18,6 +19,57 @@ _IDENTITY: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("template",), "template", ("template",)),
     (("max_pixels",), "max_pixels", ("max_pixels",)),
 )
+
+
+def _is_level(entry: Any) -> bool:
+    value = entry.get("value") if isinstance(entry, dict) else None
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list_of(is_entry: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda found: isinstance(found, list) and all(map(is_entry, found))
+
+
+def _is_counts(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(count, int) for count in found.values())
+
+
+def _is_part(found: Any) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("shard"), dict) and "name" in found["shard"]
+
+
+# What is relied upon: (where, what it must be in words, how that is told). Entries without a dot may be missing.
+_SHAPE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("rubric.dimensions", "a list of names", _is_list_of(lambda entry: isinstance(entry, str))),
+    ("rubric.levels", "a list of levels with a value each", _is_list_of(_is_level)),
+    ("derived", "a list of objects", _is_list_of(lambda entry: isinstance(entry, dict))),
+    ("counts", "numbers by status", _is_counts),
+    ("shards", "a number", lambda found: isinstance(found, int)),
+    ("created", "a text", lambda found: isinstance(found, str)),
+    ("finished", "a text", lambda found: isinstance(found, str)),
+    ("part", "an object that names its shard", _is_part),
+)
+
+
+def check_shape(file: str, metadata: dict[str, Any]) -> None:
+    """Refuse metadata that no command of zscore writes, before something fails on it.
+
+    Raises:
+        TableError: names the entry.
+    """
+    if not isinstance(metadata.get("rubric"), dict):
+        raise TableError(f"{file} has no rubric in its metadata: it isn't a scores table")
+    for where, wanted, is_right in _SHAPE:
+        path = where.split(".")
+        is_there = path[0] in metadata
+        if is_there and not is_right(_at(metadata, path)):
+            raise TableError(f"{file}: its metadata's {where} isn't {wanted}: it isn't a scores table")
+
+
+def are_alike(metadatas: Sequence[dict[str, Any]]) -> bool:
+    """Whether the files were scored alike and made by the same commands."""
+    first = metadatas[0]
+    return not any(difference(first, other) or _commands(first) != _commands(other) for other in metadatas[1:])
 
 
 def check_unmixed(files: Sequence[str], metadatas: Sequence[dict[str, Any]], *, allow_mixed: bool | None) -> None:

@@ -25,13 +25,20 @@ if TYPE_CHECKING:
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def check_targets(inputs: Sequence[str], targets: Mapping[str, str | None], sources: Sequence[str] = ()) -> None:
+def check_targets(
+    inputs: Sequence[str],
+    targets: Mapping[str, str | None],
+    sources: Sequence[str] = (),
+    *,
+    shards: Sequence[str] = (),
+) -> None:
     """Refuse outputs that are an input or would become one, a folder, or one another.
 
     Args:
         inputs: files that are read.
         targets: paths or urls by the option that names them; None where it isn't given.
         sources: folders and globs that the inputs were found by.
+        shards: paths or urls of shards that are read.
 
     Raises:
         UsageError: says which.
@@ -43,9 +50,11 @@ def check_targets(inputs: Sequence[str], targets: Mapping[str, str | None], sour
         split_out(target)
         if is_local(target) and _local(target).is_dir():
             raise UsageError(f"{option} {target} is a folder: give a file name, like {target.rstrip('/')}/out.parquet")
-        for name in inputs:
-            if _same_file(target, name):
-                raise UsageError(f"{option} {target} is the table that is read: give another name")
+        if _among(target, inputs) is not None:
+            raise UsageError(f"{option} {target} is the table that is read: give another name")
+        shard = _among(target, shards)
+        if shard is not None:
+            raise UsageError(f"{option} {target} is the shard {shard} that is read: give another name")
         for source in sources:
             if would_read(source, target):
                 raise UsageError(
@@ -55,6 +64,13 @@ def check_targets(inputs: Sequence[str], targets: Mapping[str, str | None], sour
             if _same_file(target, path):
                 raise UsageError(f"{option} and {other} name the same file, {target}: give another name")
         taken[option] = target
+
+
+def _among(target: str, files: Sequence[str]) -> str | None:
+    """Which of the files, all of which exist, the target is."""
+    if is_local(target) and not _local(target).resolve().exists():  # no need to look at a hundred thousand shards
+        return None
+    return next((file for file in files if _same_file(target, file)), None)
 
 
 def _local(path: str) -> Path:

@@ -24,7 +24,7 @@ from zscore.errors import TableError, UsageError
 from zscore.parquet import ROWS_PER_GROUP, read_metadata
 from zscore.records import Status
 from zscore.store import is_local
-from zscore.table_metadata import check_unmixed, merged
+from zscore.table_metadata import are_alike, check_shape, check_unmixed, merged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -58,6 +58,8 @@ class Scores:
     """The same rows with their numbers in the column `ROW`."""
     sources: tuple[str, ...] = ()
     """What it was opened by: files, folders, globs, urls."""
+    mixed: bool = False
+    """Whether its files were scored or made differently, so that opening them takes `allow_mixed`."""
 
     def where(self, mask: NDArray[np.bool_]) -> pl.LazyFrame:
         """Rows by a mask over all of them, in their order, with the column `ROW`."""
@@ -177,7 +179,8 @@ def open_scores(*sources: str, allow_mixed: bool | None = False) -> Scores:
         _check_types(file, schema, metadata["rubric"]["dimensions"])
     frame, numbered = _scan(files, schemas)
     rows = sum(rows for _, _, rows in footers)
-    return Scores(frame, frame.collect_schema(), metadata, tuple(files), rows, numbered, sources)
+    mixed = not are_alike(metadatas)
+    return Scores(frame, frame.collect_schema(), metadata, tuple(files), rows, numbered, sources, mixed)
 
 
 def would_read(source: str, target: str) -> bool:
@@ -291,8 +294,7 @@ def _footer(file: str) -> tuple[dict[str, Any], pa.Schema, int]:
     try:
         with _open(file) as stream:
             metadata = read_metadata(stream, file)
-            if not isinstance(metadata.get("rubric"), dict):
-                raise TableError(f"{file} has no rubric in its metadata: it isn't a scores table")
+            check_shape(file, metadata)
             stream.seek(0)
             parquet = pq.ParquetFile(stream)
             return metadata, parquet.schema_arrow, parquet.metadata.num_rows

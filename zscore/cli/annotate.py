@@ -31,7 +31,7 @@ def annotate(
     ] = 0.0,
     test_share: Annotated[float, typer.Option(help="Of the prompts, for evaluation.")] = 0.1,
 ) -> None:
-    r"""Turn ratings into one score per picture and dimension, and same-prompt pairs, split by prompt.
+    """Turn ratings into one score per picture and dimension, and same-prompt pairs, split by prompt.
 
     \b
     Example:

@@ -12,7 +12,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where the shards and the scores go.")] = Path("demo-out"),
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "transformers",
 ) -> None:
-    r"""Write a few shards of drawn pictures, score them with the demo student and show the table.
+    """Write a few shards of drawn pictures, score them with the demo student and show the table.
 
     \b
     Example:

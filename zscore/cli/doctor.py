@@ -6,7 +6,7 @@ import typer
 
 
 def doctor() -> None:
-    r"""Show which engines work here, the GPU and the versions, and what each missing piece needs.
+    """Show which engines work here, the GPU and the versions, and what each missing piece needs.
 
     Exits with 1 where scoring can't work at all.
 

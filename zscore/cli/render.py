@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+# Of a text before numbers, so much isn't folded.
+LABEL = 16
+
+
 def plain(value: object) -> str:
     """A value as one line that can't steer the terminal."""
     return "".join(c if c.isprintable() else " " if c.isspace() else f"\\u{ord(c):04x}" for c in str(value))
@@ -25,14 +29,25 @@ def cell(value: object) -> Text:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> Table:
-    """A table whose first columns are text and the others numbers."""
+    """A table whose first columns are text, folded where there is no room, and the others numbers, which never are.
+
+    Where even so it doesn't fit, it gets closer and then wider than the terminal.
+    """
     from rich import box
+    from rich.console import Console
     from rich.table import Table
 
+    cells = [[plain(value) for value in row] for row in rows]
+    longest = [max(len(name), *(len(row[n]) for row in cells), 0) for n, name in enumerate(columns)]
+    least = sum(min(width, LABEL) if n < left else width for n, width in enumerate(longest)) + len(columns) + 1
+    room = Console().width
     made = Table(title=cell(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
-    for number, name in enumerate(columns):
-        made.add_column(cell(name), justify="left" if number < left else "right", overflow="fold")
-    for row in rows:
+    made.padding = (0, 1 if least + 2 * len(columns) <= room else 0)
+    made.width = least if least > room else None
+    for n, name in enumerate(columns):
+        is_text = n < left
+        made.add_column(cell(name), justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for row in cells:
         made.add_row(*map(cell, row))
     return made
 
@@ -45,8 +60,11 @@ def listing(title: str, columns: Sequence[tuple[str, bool]], rows: Iterable[Sequ
 
     cells = [[plain(value) for value in row] for row in rows]
     longest = [max((len(row[n]) for row in cells), default=0) for n in range(len(columns))]
-    widths = _widths([(name, is_text, longest[n]) for n, (name, is_text) in enumerate(columns)], Console().width)
+    room = Console().width
+    widths = _widths([(name, is_text, longest[n]) for n, (name, is_text) in enumerate(columns)], room)
     made = Table(title=cell(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    least = sum(widths) + 2 * len(widths)
+    made.width = least if least > room else None  # else rich would cut numbers
     for (name, is_text), width in zip(columns, widths, strict=True):
         justify: JustifyMethod = "left" if is_text else "right"
         made.add_column(cell(name), justify=justify, no_wrap=True, overflow="ellipsis", width=width)
@@ -56,21 +74,24 @@ def listing(title: str, columns: Sequence[tuple[str, bool]], rows: Iterable[Sequ
 
 
 def _widths(columns: Sequence[tuple[str, bool, int]], total: int) -> list[int]:
-    """Numbers get what they need, names up to 14 (6 over numbers, where it is narrow), the longest text the rest."""
-    wide, narrow = (
-        [max(longest, min(len(name), 14 if is_text else most)) for name, is_text, longest in columns]
-        for most in (14, 6)
-    )
-    if sum(wide) + 2 * len(columns) <= total:
-        return wide
+    """Numbers get what they need, names up to 14 (6 or 4 over numbers, where it is narrow), the longest text the rest.
+
+    The other texts get up to 14, or 10 or 6 where that is too much still.
+    """
+    gaps = 2 * len(columns)
+    widths = [max(longest, min(len(name), 14)) for name, _, longest in columns]
     texts = [n for n, (_, is_text, _) in enumerate(columns) if is_text]
-    if texts:
-        longest_text = max(texts, key=lambda n: narrow[n])
-        widths = [min(width, 14) if n in texts and n != longest_text else width for n, width in enumerate(narrow)]
-        others = sum(widths) - widths[longest_text]
-        widths[longest_text] = min(widths[longest_text], max(8, total - others - 2 * len(columns)))
-        return widths
-    return narrow
+    longest_text = max(texts, key=lambda n: widths[n], default=None)
+    for most_name, most_text in ((6, 14), (4, 14), (4, 10), (4, 6)):
+        if sum(widths) + gaps <= total:
+            break
+        for n, (name, is_text, longest) in enumerate(columns):
+            widths[n] = min(widths[n], most_text) if is_text else max(longest, min(len(name), most_name))
+        if longest_text is not None:
+            others = sum(widths) - widths[longest_text]
+            wanted = max(columns[longest_text][2], min(len(columns[longest_text][0]), 14))
+            widths[longest_text] = min(wanted, max(min(8, most_text), total - others - gaps))
+    return widths
 
 
 def say(*lines: str) -> None:
@@ -88,7 +109,7 @@ def show(*renderables: object) -> None:
 
     console = Console()
     for renderable in renderables:
-        console.print(renderable)
+        console.print(renderable, crop=False)
 
 
 def share(count: int, total: int) -> str:

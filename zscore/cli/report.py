@@ -31,7 +31,7 @@ def report(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    r"""Write one HTML page: counts, histograms, what a threshold keeps, the best and the worst pictures.
+    """Write one HTML page: counts, histograms, what a threshold keeps, the best and the worst pictures.
 
     The page needs no network and loads nothing, so it can be mailed or kept. With --shards, thumbnails are inlined;
     of local shards only the pictures that are shown are read.
@@ -42,6 +42,7 @@ def report(
       zscore report scores.parquet --shards shards/ --out report.html
       zscore report scores/ --shards 's3://bucket/run-7/{00000..00099}.tar' --top 24 --title 'Run 7'
     """
+    from zscore.cli.render import plain
     from zscore.report.job import ReportOptions, write_report
     from zscore.tables import open_scores
 
@@ -49,7 +50,8 @@ def report(
     table = open_scores(*(scores or ["scores.parquet"]), allow_mixed=allow_mixed)
     summary = write_report(table, options)
     for fault in summary.faults[:SHOWN_FAULTS]:
-        typer.echo(f"zscore: no picture: {' '.join(fault.split())}", err=True)
+        # Names of shards and members stand in it; none may steer the terminal.
+        typer.echo(f"zscore: no picture: {plain(' '.join(fault.split()))}", err=True)
     if len(summary.faults) > SHOWN_FAULTS:
         typer.echo(f"zscore: and {len(summary.faults) - SHOWN_FAULTS} more; the page lists five", err=True)
     if not quiet:

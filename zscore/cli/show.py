@@ -28,7 +28,9 @@ def show(
     row: Annotated[
         int | None, typer.Option(help="Row to show in full, from 0; -1 is the last.", show_default="first scored")
     ] = None,
-    key: Annotated[str | None, typer.Option(help="Row to show in full: KEY or SHARD/KEY.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Row to show in full: KEY or SHARD/KEY; the first of several.")
+    ] = None,
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Take files that were scored with different rubrics or models.")
     ] = False,
@@ -44,11 +46,15 @@ def show(
     """
     from zscore.cli.render import say
     from zscore.cli.render import show as put
-    from zscore.overview import head, one_row, overview
+    from zscore.errors import UsageError
+    from zscore.overview import head, one_row, overview, rows_with_key
     from zscore.tables import open_scores
 
+    if key is not None and row is not None:
+        raise UsageError("--key and --row both name the row to show in full: give one of them")
     opened = open_scores(*(scores or ["scores.parquet"]), allow_mixed=allow_mixed)
-    found = one_row(opened, number=row, key=key)  # first: a wrong --key needs no summary
+    named = rows_with_key(opened, key) if key is not None else []  # first: a wrong --key needs no summary
+    found = one_row(opened, number=named[0] if named else row)
     summary = overview(opened)
     put(*_summary(opened, summary))
     if not summary.rows:
@@ -58,6 +64,8 @@ def show(
         put(_head(head(opened, rows).to_dicts()))
     if found is not None:
         put(_row(opened, found))
+    if len(named) > 1:
+        say(f"{len(named) - 1:,} more rows are called '{key}', the next is --row {named[1]}")
 
 
 def _summary(scores: Scores, summary: Overview) -> Iterator[Table]:
@@ -77,7 +85,7 @@ def _summary(scores: Scores, summary: Overview) -> Iterator[Table]:
 def _provenance(scores: Scores, summary: Overview) -> Iterator[tuple[str, object]]:
     counts = {"rows": summary.rows, "groups": summary.groups, "different pictures": summary.pictures}
     counts |= {"files": len(scores.files) if len(scores.files) > 1 else None}
-    counts |= {f"NaN in {name}": count for name, count in summary.nonfinite.items()}
+    counts |= {f"{name} missing, NaN or infinite": count for name, count in summary.nonfinite.items()}
     yield from ((name, count) for name, count in counts.items() if count is not None)
     metadata = scores.metadata
     rubric = metadata["rubric"]
@@ -119,8 +127,9 @@ def _row(scores: Scores, row: dict[str, Any]) -> Table:
     from zscore.cli.render import table
 
     lines: list[tuple[str, object]] = []
+    distributions = {f"{name}_probs" for name in scores.dimensions}
     for name, value in row.items():
-        if name.endswith("_probs") and value is not None and len(value) == len(scores.values):
+        if name in distributions and value is not None and len(value) == len(scores.values):
             lines += [(name if k == 0 else "", _bar(scores.values[k], p)) for k, p in enumerate(value)]
         elif isinstance(value, float):
             lines.append((name, f"{value:.4f}"))
@@ -129,6 +138,8 @@ def _row(scores: Scores, row: dict[str, Any]) -> Table:
     return table("one row in full", ("column", "value"), lines, left=2)
 
 
-def _bar(level: float, probability: float) -> str:
+def _bar(level: float, probability: float | None) -> str:
+    if probability is None:
+        return f"{level:5.2f} {'–':>6}"
     filled = round(probability * BAR) if 0 <= probability <= 1 else 0
     return f"{level:5.2f} {probability:6.1%} {'█' * filled}"

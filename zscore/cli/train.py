@@ -30,7 +30,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
 ) -> None:
-    r"""Train a student that gives score distributions at once, in the layout that it is served in.
+    """Train a student that gives score distributions at once, in the layout that it is served in.
 
     \b
     Examples:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zscore.report.pictures import Thumbnail
+from zscore.report.pictures import sample_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from zscore.report.columns import Columns
-    from zscore.report.pictures import Thumbnails
+    from zscore.report.pictures import Thumbnail, Thumbnails
 
 # A prompt may have a megabyte; what is behind this helps nobody to judge a picture.
 MOST_PROMPT = 1200
 MOST_NAME = 160
+MOST_FAULT = 320
 # In units of the drawing: a level is as wide as this, bars leave a gap between them.
 LEVEL, GAP, HEIGHT = 10, 2, 24
 
@@ -45,11 +46,41 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """A thumbnail where a page shows it."""
+
+    thumbnail: Thumbnail
+    number: int
+    """The same wherever the page shows these bytes."""
+    is_first: bool
+    """Whether the page holds the bytes here; later places refer to them."""
+
+
+@dataclass(slots=True)
+class Album:
+    """Hands out thumbnails in the order of the page, so that it holds each one's bytes once."""
+
+    thumbnails: Thumbnails
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def take(self, row: dict[str, Any]) -> Picture | str:
+        """The row's picture, or why there is none."""
+        sample = sample_of(row)
+        if sample is None:
+            return "the row doesn't say which sample it is"
+        found = self.thumbnails.by_sample.get(sample, "the picture couldn't be read")
+        if isinstance(found, str):
+            return shorten(found, MOST_FAULT)
+        is_first = found.url not in self.numbers
+        return Picture(found, self.numbers.setdefault(found.url, len(self.numbers) + 1), is_first)
+
+
+@dataclass(frozen=True, slots=True)
 class Card:
     """A picture and what was found of it."""
 
     place: str
-    """SHARD, sample INDEX."""
+    """SHARD, sample INDEX, as far as the row says it."""
     key: str
     prompt: str
     size: str
@@ -57,25 +88,25 @@ class Card:
     width: float | None
     """Mean of the dimensions' standard deviations."""
     marks: list[Mark]
-    thumbnail: Thumbnail | None
+    picture: Picture | None
     fault: str
     """Why there is no picture although one was asked for."""
 
 
-def make_card(row: dict[str, Any], columns: Columns, values: Sequence[float], thumbnails: Thumbnails | None) -> Card:
+def make_card(row: dict[str, Any], columns: Columns, values: Sequence[float], album: Album | None) -> Card:
     """The card of one row."""
-    shard, index = str(row["shard"]), int(row["index"])
-    picture = thumbnails.by_sample.get((shard, index), "the picture couldn't be read") if thumbnails else ""
+    sample = f"sample {row['index']}" if row["index"] is not None else ""
+    picture = album.take(row) if album else ""
     return Card(
-        place=f"{shorten(shard, MOST_NAME)}, sample {index}",
+        place=", ".join(part for part in (shorten(str(row["shard"] or ""), MOST_NAME), sample) if part),
         key=shorten(str(row["key"]), MOST_NAME),
         prompt=shorten(str(row["prompt"]), MOST_PROMPT),
         size=f"{row['width']} × {row['height']}" if row.get("width") and row.get("height") else "",
         score=row[columns.lead],
         width=_mean([row[f"{name}_std"] for name in columns.stds]),
         marks=[_mark(row, name, columns, values) for name in columns.dimensions],
-        thumbnail=picture if isinstance(picture, Thumbnail) else None,
-        fault="" if isinstance(picture, Thumbnail) else picture,
+        picture=picture if isinstance(picture, Picture) else None,
+        fault="" if isinstance(picture, Picture) else picture,
     )
 
 

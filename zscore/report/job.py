@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zscore.errors import UsageError
 from zscore.records import Status
-from zscore.report.cards import make_card
+from zscore.report.cards import Album, make_card
 from zscore.report.columns import columns_of
 from zscore.report.page import Page, PageGallery, PageGroup, render
 from zscore.report.picks import choose_galleries, group_stats, read_groups
-from zscore.report.pictures import read_thumbnails
+from zscore.report.pictures import MOST_BYTES, read_thumbnails, samples_of
 from zscore.report.summary import (
     correlations,
     count_pictures,
@@ -24,17 +24,25 @@ from zscore.report.summary import (
     threshold_bins,
     uncertainty,
 )
+from zscore.shards import expand
 from zscore.table_output import check_targets, written
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from zscore.records import ShardRef
+    from zscore.report.cards import Card
     from zscore.report.picks import Gallery, Group
-    from zscore.report.pictures import Thumbnails
     from zscore.report.summary import Numbers
     from zscore.tables import Scores
 
 MOST_TOP = 60
+# Bytes of the whole file, which is to be mailed.
+MOST_PAGE = 10_000_000
+# Of these, what stands around a picture that is inlined, with a key of `MOST_NAME` characters to be escaped.
+FRAME = 1_500
+# And what the page says of pictures that couldn't be shown.
+NOTICES = 50_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +83,19 @@ class ReportSummary:
     """Bytes of the page."""
 
 
+@dataclass(slots=True)
+class _Shown:
+    """The rows that have cards."""
+
+    galleries: list[Gallery] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        parts = [gallery.rows for gallery in self.galleries] + [group.rows for group in self.groups]
+        return [row for rows in parts for row in rows]
+
+
 def write_report(scores: Scores, options: ReportOptions) -> ReportSummary:
     """Write the page; it appears whole or not at all.
 
@@ -83,25 +104,31 @@ def write_report(scores: Scores, options: ReportOptions) -> ReportSummary:
         TableError: a table that can't be read, or that names shards which aren't given.
         OutputError: the page can't be written.
     """
-    check_targets(scores.files, {"--out": options.out})
+    shards = expand(options.shards) if options.shards else []
+    check_targets(scores.files, {"--out": options.out}, scores.sources, shards=[shard.url for shard in shards])
     columns = columns_of(scores)
     statuses = read_statuses(scores)
     page = Page(
         title=options.title or _title(options.sources or scores.files),
         sources=options.sources or scores.files,
+        mixed=scores.mixed,
         metadata=scores.metadata,
         columns=columns,
         levels=scores.values,
         statuses=statuses,
         rows=sum(line.count for line in statuses),
     )
+    shown = _Shown()
     if any(line.status == Status.OK for line in statuses):
         numbers = read_numbers(scores, columns)
         page.scored = len(numbers)
         page.unscored = count_unscored(scores, numbers)
         if page.scored:
-            _add_charts(page, scores, numbers, options)
+            shown = _add_charts(page, scores, numbers, options)
     html = render(page).encode("utf-8", "replace")
+    if shards and shown.rows:
+        _illustrate(page, scores, shown, shards, MOST_PAGE - len(html))
+        html = render(page).encode("utf-8", "replace")
     with written(options.out) as (stream,):
         assert stream is not None
         stream.write(html)
@@ -113,34 +140,46 @@ def _title(sources: Sequence[str]) -> str:
     return f"Scores in {sources[0].rstrip('/').rpartition('/')[2]}{more}"
 
 
-def _add_charts(page: Page, scores: Scores, numbers: Numbers, options: ReportOptions) -> None:
+def _add_charts(page: Page, scores: Scores, numbers: Numbers, options: ReportOptions) -> _Shown:
+    """Everything but pictures; returns the rows that want one."""
     columns, grid = page.columns, grid_for(scores.values, numbers)
     groups = group_stats(scores, columns, grid, math.ceil(options.top / 2))
     page.grid = grid
-    page.distinct = count_pictures(scores)
+    page.distinct = count_pictures(scores, columns)
     page.described = describe(numbers)
     page.groups = groups
     page.correlation = correlations(numbers.score, columns.dimensions) if len(columns.dimensions) > 1 else None
     page.uncertainty = uncertainty(numbers, grid)
     page.thresholds = threshold_bins(numbers, grid)
+    shown = _Shown()
     if options.top:
-        galleries = choose_galleries(scores, columns, numbers, options.top)
-        chosen = read_groups(scores, columns, groups.chosen) if groups else []
-        _add_cards(page, scores, galleries, chosen, options)
+        shown.galleries = choose_galleries(scores, columns, numbers, options.top)
+        shown.groups = read_groups(scores, columns, groups.chosen) if groups else []
+        _add_cards(page, scores, shown)
+    return shown
 
 
-def _add_cards(
-    page: Page, scores: Scores, galleries: list[Gallery], groups: list[Group], options: ReportOptions
-) -> None:
-    rows = [row for gallery in galleries for row in gallery.rows] + [row for group in groups for row in group.rows]
-    thumbnails: Thumbnails | None = None
-    if options.shards:
-        thumbnails = read_thumbnails(rows, options.shards, scores.metadata.get("options", {}))
-        page.faults = thumbnails.faults
-        page.pictures = sum(not isinstance(made, str) for made in thumbnails.by_sample.values())
+def _add_cards(page: Page, scores: Scores, shown: _Shown, album: Album | None = None) -> None:
+    def cards(rows: list[dict[str, Any]]) -> list[Card]:
+        return [make_card(row, page.columns, scores.values, album) for row in rows]
 
-    def cards(rows: list[dict[str, Any]]) -> list[Any]:
-        return [make_card(row, page.columns, scores.values, thumbnails) for row in rows]
+    page.galleries = [PageGallery(gallery.title, gallery.note, cards(gallery.rows)) for gallery in shown.galleries]
+    page.chosen = [PageGroup(group, cards(group.rows)) for group in shown.groups]
 
-    page.galleries = [PageGallery(gallery.title, gallery.note, cards(gallery.rows)) for gallery in galleries]
-    page.chosen = [PageGroup(group, cards(group.rows)) for group in groups]
+
+def _illustrate(page: Page, scores: Scores, shown: _Shown, shards: Sequence[ShardRef], room: int) -> None:
+    """Add the pictures; their thumbnails share the room in bytes that the page has left."""
+    rows = shown.rows
+    room -= NOTICES + len(rows) * FRAME
+    # In base64 three bytes take four.
+    most = room * 3 // 4 // max(1, len(samples_of(rows)))
+    thumbnails = read_thumbnails(rows, shards, _options(scores.metadata), min(MOST_BYTES, most))
+    page.faults = thumbnails.faults
+    page.pictures = sum(not isinstance(made, str) for made in thumbnails.by_sample.values())
+    _add_cards(page, scores, shown, Album(thumbnails))
+
+
+def _options(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the files were scored with; of files that differ, all that occur."""
+    found = metadata.get("mixed_options", [metadata.get("options")])
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []

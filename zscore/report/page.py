@@ -25,6 +25,8 @@ from zscore.report.tables import threshold_table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from jinja2 import Template
+
     from zscore.report.cards import Card
     from zscore.report.columns import Columns
     from zscore.report.picks import Group, GroupStats
@@ -71,6 +73,8 @@ class Page:
     title: str
     sources: Sequence[str]
     """How the command line names the table."""
+    mixed: bool
+    """Whether the filter command has to allow that its files differ."""
     metadata: dict[str, Any]
     columns: Columns
     levels: Sequence[float]
@@ -95,7 +99,7 @@ class Page:
     @property
     def command(self) -> str:
         """The filter command that a threshold is appended to."""
-        return shlex.join(["zscore", "filter", *self.sources])
+        return shlex.join(["zscore", "filter", *self.sources, *(["--allow-mixed"] if self.mixed else [])])
 
     @property
     def data(self) -> dict[str, Any]:
@@ -143,8 +147,9 @@ def _hash(text: str) -> str:
     return f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def render(page: Page) -> str:
-    """The page as HTML."""
+@cache
+def _template() -> Template:
+    """Compiled once: a page with pictures is rendered twice, and compiling takes three times as long as that."""
     environment = Environment(
         loader=PackageLoader("zscore.report", "assets"),
         autoescape=True,
@@ -153,7 +158,12 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"score": _score, "share": _share, "count": _count}
-    return environment.get_template("page.html.jinja").render(
+    return environment.get_template("page.html.jinja")
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    return _template().render(
         page=page,
         policy=policy(),
         # Ours, and checked by `_asset`; the template escapes everything else.

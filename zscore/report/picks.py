@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from zscore.report.summary import Grid, Numbers
     from zscore.tables import Scores
 
-# So many candidates a place are looked at, so that copies of one picture leave enough others.
+# So many candidates a place are looked at first, so that copies of one picture leave enough others; then ever more.
 COPIES = 8
 GROUP_SIZE = 8
 _BASE = ("shard", "index", "key", "prompt", "group", "width", "height", "sha256")
@@ -55,7 +55,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class GroupStats:
-    """All groups of a table."""
+    """All groups of a table; rows without a group are left out."""
 
     groups: int
     several: int
@@ -79,33 +79,48 @@ def choose_galleries(scores: Scores, columns: Columns, numbers: Numbers, top: in
     each = min(top, (len(numbers) + 1) // 2)
     name = columns.lead
     orders = [
-        ("Best", f"The highest {name}.", _first(-lead_N, each * COPIES), each),
-        ("Worst", f"The lowest {name}.", _first(lead_N, each * COPIES), each),
+        ("Best", f"The highest {name}.", _order(-lead_N), each),
+        ("Worst", f"The lowest {name}.", _order(lead_N), each),
     ]
     if columns.stds:
-        wide_N = np.mean([numbers.std[dimension] for dimension in columns.stds], axis=0)
+        wide_N = np.asarray([numbers.std[dimension] for dimension in columns.stds], np.float64).mean(axis=0)
         note = "The widest distributions, by the mean of the dimensions’ standard deviations."
-        orders.append(("Most uncertain", note, _first(-wide_N, top * COPIES), top))
-    places = [(title, note, numbers.row_N[order].tolist(), count) for title, note, order, count in orders]
-    digests = _digests(scores, {row for _, _, rows, _ in places for row in rows})
-    kept = [(title, note, _distinct(rows, digests)[:count]) for title, note, rows, count in places]
-    details = read_rows(scores, columns, {row for _, _, rows in kept for row in rows})
-    return [Gallery(title, note, [details[row] for row in rows]) for title, note, rows in kept]
+        orders.append(("Most uncertain", note, _order(-wide_N), top))
+    kept = _choose(scores, [(numbers.row_N[order_N], count) for _, _, order_N, count in orders])
+    details = read_rows(scores, columns, {row for rows in kept for row in rows})
+    return [
+        Gallery(title, note, [details[row] for row in rows])
+        for (title, note, _, _), rows in zip(orders, kept, strict=True)
+    ]
 
 
-def _first(keys_N: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Positions of the smallest keys, ties in order; NaN comes last."""
-    return np.argsort(keys_N, kind="stable")[:count]
+def _order(keys_N: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+    """Positions by their keys, the smallest first, ties in order; NaN comes last."""
+    return np.argsort(keys_N, kind="stable")
 
 
-def _digests(scores: Scores, rows: set[int]) -> dict[int, str]:
+def _choose(scores: Scores, orders: list[tuple[NDArray[np.uint32], int]]) -> list[list[int]]:
+    """Of every order of rows the first that show different pictures, as many as it asks for or the table has."""
+    digests: dict[int, str | None] = {}
+    looked = max(count for _, count in orders) * COPIES
+    while True:
+        looks = [order_N[:looked].tolist() for order_N, _ in orders]
+        digests |= _digests(scores, {row for rows in looks for row in rows} - digests.keys())
+        kept = [_distinct(rows, digests)[:count] for rows, (_, count) in zip(looks, orders, strict=True)]
+        are_full = all(len(rows) == count for rows, (_, count) in zip(kept, orders, strict=True))
+        if are_full or looked >= len(orders[0][0]):
+            return kept
+        looked *= COPIES
+
+
+def _digests(scores: Scores, rows: set[int]) -> dict[int, str | None]:
     if "sha256" not in scores.schema:
         return {}
     found = fetch(_rows(scores, rows).select(ROW, "sha256"), scores.name)
     return dict(found.iter_rows())
 
 
-def _distinct(rows: Iterable[int], digests: dict[int, str]) -> list[int]:
+def _distinct(rows: Iterable[int], digests: dict[int, str | None]) -> list[int]:
     """Rows whose picture didn't come before."""
     first: dict[str | int, int] = {}
     for row in rows:
@@ -127,7 +142,7 @@ def read_rows(scores: Scores, columns: Columns, rows: Iterable[int]) -> dict[int
 
 
 def group_stats(scores: Scores, columns: Columns, grid: Grid, count: int) -> GroupStats | None:
-    """What best-of-N has to choose from; None where the table has no groups.
+    """What best-of-N has to choose from; None where the table has no groups. A row without a group is in none.
 
     Args:
         scores: the table.
@@ -138,13 +153,16 @@ def group_stats(scores: Scores, columns: Columns, grid: Grid, count: int) -> Gro
     if "group" not in scores.schema:
         return None
     lead = pl.col(columns.lead).cast(pl.Float64)
-    best = [pl.col(name).max().cast(pl.Float32).alias(f"best_{s}") for s, name in enumerate(columns.scores)]
+    best = [pl.col(name).max().alias(f"best_{s}") for s, name in enumerate(columns.scores)]
     found = fetch(
         scored(scores, columns)
+        .filter(pl.col("group").is_not_null())
         .group_by(pl.col("group").cast(pl.String))
         .agg(pl.len().alias("size"), lead.mean().alias("mean"), (lead.max() - lead.min()).alias("spread"), *best),
         scores.name,
     )
+    if found.is_empty():
+        return None
     several = found.filter(pl.col("size") > 1)
     sizes = several["size"]
     widest = several.sort("spread", "group", descending=[True, False]).head(count)

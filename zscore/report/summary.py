@@ -1,8 +1,8 @@
 """What the charts and tables of a report show, counted over the whole table.
 
 Charts get bins and never rows, so the page of a million pictures is as small as that of a hundred. Bins end at the
-thresholds that the page offers, compared in the table's own float32, so what the page counts at a threshold is what
-`zscore filter --min` keeps.
+thresholds that the page offers. They are float32 and the scores what the table has (float64 in some made elsewhere),
+as `zscore filter --min` compares them, so what the page counts at a threshold is what the command keeps.
 
 Array legend: N scored rows, S scores (overall and dimensions), D dimensions, B bins.
 """
@@ -81,12 +81,12 @@ class Grid:
         """The last threshold."""
         return self.stops[-1]
 
-    def bins(self, values_N: NDArray[np.float32]) -> NDArray[np.int64]:
+    def bins(self, values_N: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
         """Number of the stops that each value reaches: 0 is below the lowest, `steps` + 1 at or above the highest."""
         found: NDArray[np.int64] = np.searchsorted(np.asarray(self.stops, np.float32), values_N, side="right")
         return found
 
-    def count(self, values_N: NDArray[np.float32], weights_N: NDArray[Any] | None = None) -> list[float]:
+    def count(self, values_N: NDArray[np.floating[Any]], weights_N: NDArray[Any] | None = None) -> list[float]:
         """Rows, or their weights, by bin."""
         counted = np.bincount(self.bins(values_N), weights_N, minlength=self.steps + 2)
         return [float(value) for value in counted] if weights_N is not None else [int(value) for value in counted]
@@ -94,12 +94,12 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Every score and width of the table, in memory: 36 bytes a row for four dimensions."""
+    """Every score and width of the table, in its own type, in memory: 36 bytes a row for four dimensions of float32."""
 
     row_N: NDArray[np.uint32]
     """Position in the table."""
-    score: dict[str, NDArray[np.float32]]
-    std: dict[str, NDArray[np.float32]]
+    score: dict[str, NDArray[np.floating[Any]]]
+    std: dict[str, NDArray[np.floating[Any]]]
     """NaN where the table has none."""
 
     def __len__(self) -> int:
@@ -135,7 +135,7 @@ def read_statuses(scores: Scores) -> list[StatusCount]:
 def read_numbers(scores: Scores, columns: Columns) -> Numbers:
     """All rows that have scores."""
     stds = [f"{name}_std" for name in columns.stds]
-    wanted = [pl.col(name).cast(pl.Float32) for name in (*columns.scores, *stds)]
+    wanted = [_number(scores, name) for name in (*columns.scores, *stds)]
     found = fetch(scored(scores, columns).select(ROW, *wanted), scores.name)
     return Numbers(
         row_N=found[ROW].to_numpy(),
@@ -144,17 +144,22 @@ def read_numbers(scores: Scores, columns: Columns) -> Numbers:
     )
 
 
+def _number(scores: Scores, name: str) -> pl.Expr:
+    """The column as numpy has it: float64 stays, as rounding it would lift scores over a threshold."""
+    return pl.col(name) if scores.schema[name] == pl.Float64 else pl.col(name).cast(pl.Float32)
+
+
 def count_unscored(scores: Scores, numbers: Numbers) -> int:
     """Rows whose status is ok although a score is NaN, infinite or missing."""
     return int(fetch(scores.frame.filter(is_ok()).select(pl.len()), scores.name).item()) - len(numbers)
 
 
-def count_pictures(scores: Scores) -> int | None:
+def count_pictures(scores: Scores, columns: Columns) -> int | None:
     """Different pictures among the scored rows; None where the table doesn't say, or not of all."""
     if "sha256" not in scores.schema:
         return None
     digests = pl.col("sha256")
-    found = fetch(scores.frame.filter(is_ok()).select(digests.n_unique(), nulls=digests.null_count()), scores.name)
+    found = fetch(scored(scores, columns).select(digests.n_unique(), nulls=digests.null_count()), scores.name)
     return None if found["nulls"][0] else int(found["sha256"][0])
 
 
@@ -188,7 +193,7 @@ def threshold_bins(numbers: Numbers, grid: Grid) -> dict[str, Any]:
     return {"counts": counts, "sums": sums}
 
 
-def correlations(score: Mapping[str, NDArray[np.float32]], names: Sequence[str]) -> dict[str, Any]:
+def correlations(score: Mapping[str, NDArray[np.floating[Any]]], names: Sequence[str]) -> dict[str, Any]:
     """Spearman's and Pearson's correlation of every two dimensions; None where one doesn't vary."""
     frame = pl.DataFrame({name: score[name].astype(np.float64) for name in names})
     ranks = frame.select(pl.all().rank())
@@ -219,7 +224,9 @@ def uncertainty(numbers: Numbers, grid: Grid) -> list[dict[str, Any]]:
         mean_N, wide_N = numbers.score[name][there_N], std_N[there_N]
         # Two stops make a column; the stops at both ends belong to the columns beside them.
         column_N = np.clip(grid.bins(mean_N) - 1, 0, grid.steps - 1) // 2
-        row_N = np.clip((wide_N / tallest * WIDTH_BINS).astype(np.int64), 0, WIDTH_BINS - 1)
+        # Clipped before the cast: what int64 can't hold would come out as its lowest number.
+        height_N = np.clip(wide_N, 0, tallest) / tallest * WIDTH_BINS
+        row_N = np.minimum(height_N.astype(np.int64), WIDTH_BINS - 1)
         cells = np.bincount(column_N * WIDTH_BINS + row_N)
         taken = np.flatnonzero(cells)
         found.append(
@@ -232,7 +239,7 @@ def uncertainty(numbers: Numbers, grid: Grid) -> list[dict[str, Any]]:
     return found
 
 
-def _bands(mean_N: NDArray[np.float32], std_N: NDArray[np.float32], grid: Grid) -> list[dict[str, Any]]:
+def _bands(mean_N: NDArray[np.floating[Any]], std_N: NDArray[np.floating[Any]], grid: Grid) -> list[dict[str, Any]]:
     """Count, median and 90 % quantile of the std in `BANDS` equal parts of the range."""
     edges = np.linspace(grid.low, grid.high, BANDS + 1)
     band_N = np.clip(np.searchsorted(edges, mean_N, side="right") - 1, 0, BANDS - 1)
