@@ -4,7 +4,8 @@
     engine: average over ranks (FSDP2) → clip → AdamW → cosine schedule → log → checkpoint every N steps
 
 A checkpoint holds model, optimizer and the number of the next step (`torch.distributed.checkpoint`); batches and seeds
-follow from the step's number, so a run that was killed goes on as if it hadn't been.
+follow from the step's number, so a run that was killed goes on as if it hadn't been. Over several ranks each writes its
+share of it; the log and what is shown are the first rank's.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from zscore.errors import UsageError
+from zscore_trainers import parallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
+
+    from torch import Tensor
 
     from zscore_trainers.policy import ScorePolicy
 
@@ -116,9 +122,9 @@ class Engine:
         evaluate: Callable[[ScorePolicy], Mapping[str, float]] | None = None,
     ) -> None:
         """Train until the last step, from where the run stands."""
-        config = self._config
+        config, first = self._config, parallel.rank() == 0
         self._policy.train()
-        with (self._out / "log.jsonl").open("a") as log:
+        with (self._out / "log.jsonl" if first else Path(os.devnull)).open("a") as log:
             while self.step < config.steps:
                 began = time.perf_counter()
                 found = dict(self._update())
@@ -129,7 +135,7 @@ class Engine:
                     self._policy.train()
                 log.write(json.dumps({"step": self.step, **found}) + "\n")
                 log.flush()
-                if on_step is not None:
+                if first and on_step is not None:
                     on_step(self.step, found)
                 if self.step % config.save_every == 0 or self.step == config.steps:
                     self.save()
@@ -139,8 +145,8 @@ class Engine:
         rate = self._config.rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        found = self._algorithm.backward(self._policy, self.step)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._config.clip))
+        found = parallel.averaged(self._algorithm.backward(self._policy, self.step))
+        norm = _number(torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._config.clip))
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm} at step {self.step}: lower learning_rate")
         self._optimizer.step()
@@ -151,15 +157,18 @@ class Engine:
     def save(self) -> Path:
         """Write a checkpoint; the one before is deleted when this one is whole."""
         folder = self._out / "checkpoints" / f"step-{self.step:08d}"
-        shutil.rmtree(folder, ignore_errors=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        parallel.wait()
         model, optimizer = get_state_dict(self._policy, self._optimizer)
         with _unwarned():
             state_dict_saver.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-        if _rank() == 0:
+        if parallel.rank() == 0:  # save returns where all ranks have written
             (folder / DONE).write_text(json.dumps({"step": self.step, "settings": self._settings}))
             for other in folder.parent.iterdir():
                 if other != folder:
                     shutil.rmtree(other, ignore_errors=True)
+        parallel.wait()
         return folder
 
     def resume(self) -> bool:
@@ -179,6 +188,11 @@ class Engine:
         set_state_dict(self._policy, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
         self.step = int(about["step"])
         return True
+
+
+def _number(norm: Tensor) -> float:
+    """A norm over all shares, where the parameters are shared out."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _groups(policy: ScorePolicy, config: EngineConfig) -> list[dict[str, Any]]:
@@ -204,11 +218,3 @@ def _unwarned() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _is_distributed() else 0

@@ -26,7 +26,7 @@ class Recipe:
     max_pixels: int
     min_pixels: int
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights while training."""
+    """Of the arithmetic; the weights and moments of what is trained are float32 between steps."""
     gradient_checkpointing: bool = False
     seed: int = 0
     held_out: float = 0.05

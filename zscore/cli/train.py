@@ -42,9 +42,14 @@ def train(
     \b
     A run that was interrupted goes on with --resume as if it hadn't been. Prompts are held out by their hash
     (held_out, 5 %) and evaluated on as the run goes: PLCC, and the share of same-prompt pairs in the right order.
+
+    \b
+    On several GPUs, each with a share of the weights and of the batch:
+      torchrun --nproc-per-node 8 -m zscore train risd shards/ --data teacher.parquet --model ... --out run/
     """
     from rich.console import Console
 
+    from zscore_trainers.parallel import rank
     from zscore_trainers.recipes import load_recipe
     from zscore_trainers.train import TrainOptions
     from zscore_trainers.train import train as run
@@ -54,6 +59,8 @@ def train(
     options = TrainOptions(algorithm=algorithm, data=data, shards=tuple(shards), model=model, out=out, resume=resume)
     show = None if quiet else _shown(console, chosen.engine.steps)
     made = run(options, chosen, show, None if quiet else lambda some, held: console.print(_about(some, held)))
+    if rank():  # the first process says it
+        return
     for name, value in made.metrics.items():
         typer.echo(f"{name:<20} {value:.3f}")
     if made.left_out:
