@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from zscore.errors import UsageError
 from zscore_trainers import parallel
+from zscore_trainers.guard import Guard, HedgingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,11 @@ class EngineConfig:
     save_every: int = 500
     evaluate_every: int = 0
     """0 never evaluates."""
+    patience: int = 4
+    """Evaluations that agreement may fall for while training figures improve (`zscore_trainers.guard`); 0 is for ever.
+
+    It stops a run and changes none, so a run may go on with another.
+    """
 
     def __post_init__(self) -> None:
         """Refuse numbers that can't be meant.
@@ -68,6 +74,8 @@ class EngineConfig:
         for name in ("steps", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: at least 1")
+        if self.patience < 0:
+            raise UsageError(f"patience is {self.patience}: 0 or more evaluations")
         if not 0 < self.learning_rate < math.inf:
             raise UsageError(f"learning_rate is {self.learning_rate}: a positive number")
 
@@ -111,8 +119,9 @@ class Engine:
         self._algorithm = algorithm
         self._config = config
         self._out = out
-        self._settings = json.loads(json.dumps({"engine": asdict(config), **(settings or {})}))
+        self._settings = json.loads(json.dumps({"engine": deciding(config), **(settings or {})}))
         self._optimizer = torch.optim.AdamW(_groups(policy, config), lr=config.learning_rate, betas=config.betas)
+        self._guard = Guard(config.patience)
         self.step = 0
         """Of the next update."""
 
@@ -121,7 +130,11 @@ class Engine:
         on_step: Callable[[int, Mapping[str, float]], None] | None = None,
         evaluate: Callable[[ScorePolicy], Mapping[str, float]] | None = None,
     ) -> None:
-        """Train until the last step, from where the run stands."""
+        """Train until the last step, from where the run stands.
+
+        Raises:
+            HedgingError: training figures improve while held-out agreement falls; the last checkpoint is kept.
+        """
         config, first = self._config, parallel.rank() == 0
         self._policy.train()
         with (self._out / "log.jsonl" if first else Path(os.devnull)).open("a") as log:
@@ -139,6 +152,9 @@ class Engine:
                     on_step(self.step, found)
                 if self.step % config.save_every == 0 or self.step == config.steps:
                     self.save()
+                complaint = self._guard.see(self.step, found)
+                if complaint is not None:
+                    raise HedgingError(f"{complaint}; {self._kept()}")
 
     def _update(self) -> Mapping[str, float]:
         """One step of the optimizer."""
@@ -177,7 +193,7 @@ class Engine:
         Raises:
             UsageError: it was made with other settings; names the first.
         """
-        folders = sorted(path.parent for path in (self._out / "checkpoints").glob(f"step-*/{DONE}"))
+        folders = self._whole()
         if not folders:
             return False
         about = json.loads((folders[-1] / DONE).read_text())
@@ -187,7 +203,28 @@ class Engine:
             state_dict_loader.load({"model": model, "optimizer": optimizer}, checkpoint_id=folders[-1])
         set_state_dict(self._policy, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
         self.step = int(about["step"])
+        for step, found in _logged(self._out / "log.jsonl", self.step).items():
+            self._guard.see(step, found)
         return True
+
+    def _whole(self) -> list[Path]:
+        return sorted(path.parent for path in (self._out / "checkpoints").glob(f"step-*/{DONE}"))
+
+    def _kept(self) -> str:
+        folders = self._whole()
+        return f"the last checkpoint is {folders[-1].name}" if folders else "no checkpoint was written yet"
+
+
+def deciding(config: EngineConfig) -> dict[str, Any]:
+    """The settings that the weights depend on."""
+    return {name: value for name, value in asdict(config).items() if name != "patience"}
+
+
+def _logged(file: Path, last: int) -> dict[int, Mapping[str, float]]:
+    """The log up to a step; of steps that were done twice, as they were the second time."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    found = {row.pop("step"): row for row in rows}
+    return {step: found[step] for step in sorted(found) if step <= last}
 
 
 def _number(norm: Tensor) -> float:

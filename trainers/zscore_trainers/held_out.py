@@ -1,6 +1,6 @@
 """How well means of the learned distributions agree with the targets' on prompts that aren't trained on.
 
-The hedging guard watches it: a policy that drifts to the middle of the scale gains in loss and reward while its
+`zscore_trainers.guard` watches it: a policy that drifts to the middle of the scale gains in loss and reward while its
 agreement falls, which no training figure shows.
 """
 

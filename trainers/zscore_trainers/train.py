@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from zscore.shards import expand
 from zscore.templates import PromptBuilder
 from zscore_trainers import parallel
 from zscore_trainers.data import Collator, Order, TrainSet
-from zscore_trainers.engine import Engine
+from zscore_trainers.engine import Engine, deciding
 from zscore_trainers.export import export
 from zscore_trainers.held_out import HeldOut, is_held_out
 from zscore_trainers.pictures import PictureFile, collect
@@ -93,6 +93,7 @@ def train(
 
     Raises:
         UsageError, TableError, ModelError: an argument, the data or the checkpoint can't be used; one line each.
+        HedgingError: training figures improve while held-out agreement falls.
     """
     if options.algorithm not in ALGORITHMS:
         raise UsageError(f"no algorithm is called '{options.algorithm}': there are {', '.join(ALGORITHMS)}")
@@ -242,7 +243,7 @@ def _settings(
         rows.update("\n".join(f"{one.shard} {one.index}" for one in collate.train.samples).encode())
     return {
         "algorithm": options.algorithm,
-        "recipe": asdict(replace(recipe, engine=recipe.engine)),
+        "recipe": {**asdict(recipe), "engine": deciding(recipe.engine)},
         "rubric_hash": rubric.hash,
         "model": weights_hash(read_checkpoint(options.model).path),
         "data": rows.hexdigest(),
