@@ -163,7 +163,6 @@ def share_out(policy: ScorePolicy, dtype: torch.dtype, device: torch.device) -> 
         fully_shard(block, mesh=mesh, mp_policy=precision)
     _widen(policy)
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-    policy.to(device)  # buffers; parameters are there already
 
 
 def _widen(module: nn.Module) -> None:

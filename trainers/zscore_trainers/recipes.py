@@ -49,7 +49,7 @@ def tiny() -> Recipe:
 
 
 def z_reward_9b() -> Recipe:
-    """A Qwen3.5-9B student on eight GPUs: full weights in bfloat16, 1,024 image tokens."""
+    """A Qwen3.5-9B student on eight GPUs: all weights, bfloat16 arithmetic, 1,024 image tokens."""
     return Recipe(
         rubric="z-reward",
         layout="joint",
@@ -61,7 +61,17 @@ def z_reward_9b() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny, "z-reward-9b": z_reward_9b}
+def z_reward_27b() -> Recipe:
+    """A Qwen3.5-27B on eight GPUs or more; as the 9B, in smaller micro-batches. The paper names no learning rate."""
+    nine = z_reward_9b()
+    return dataclasses.replace(nine, algorithm=dataclasses.replace(nine.algorithm, micro_batch=2))
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "tiny": tiny,
+    "z-reward-9b": z_reward_9b,
+    "z-reward-27b": z_reward_27b,
+}
 
 
 def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
