@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from zscore.errors import UsageError
 from zscore_trainers import parallel
 from zscore_trainers.guard import Guard, HedgingError
+from zscore_trainers.scalars import require, scalars
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -64,6 +65,8 @@ class EngineConfig:
 
     It stops a run and changes none, so a run may go on with another.
     """
+    tensorboard: bool = False
+    """Whether the figures are written for TensorBoard too, into OUT/tensorboard."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that can't be meant.
@@ -122,6 +125,8 @@ class Engine:
         self._settings = json.loads(json.dumps({"engine": deciding(config), **(settings or {})}))
         self._optimizer = torch.optim.AdamW(_groups(policy, config), lr=config.learning_rate, betas=config.betas)
         self._guard = Guard(config.patience)
+        if config.tensorboard:
+            require()
         self.step = 0
         """Of the next update."""
 
@@ -137,7 +142,11 @@ class Engine:
         """
         config, first = self._config, parallel.rank() == 0
         self._policy.train()
-        with (self._out / "log.jsonl" if first else Path(os.devnull)).open("a") as log:
+        folder = self._out / "tensorboard" if first and config.tensorboard else None
+        with (
+            (self._out / "log.jsonl" if first else Path(os.devnull)).open("a") as log,
+            scalars(folder, self.step) as write,
+        ):
             while self.step < config.steps:
                 began = time.perf_counter()
                 found = dict(self._update())
@@ -148,6 +157,7 @@ class Engine:
                     self._policy.train()
                 log.write(json.dumps({"step": self.step, **found}) + "\n")
                 log.flush()
+                write(self.step, found)
                 if first and on_step is not None:
                     on_step(self.step, found)
                 if self.step % config.save_every == 0 or self.step == config.steps:
@@ -217,7 +227,7 @@ class Engine:
 
 def deciding(config: EngineConfig) -> dict[str, Any]:
     """The settings that the weights depend on."""
-    return {name: value for name, value in asdict(config).items() if name != "patience"}
+    return {name: value for name, value in asdict(config).items() if name not in {"patience", "tensorboard"}}
 
 
 def _logged(file: Path, last: int) -> dict[int, Mapping[str, float]]:
