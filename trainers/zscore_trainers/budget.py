@@ -22,6 +22,7 @@ from zscore.errors import UsageError
 from zscore.rubrics.rubric import load_rubric
 from zscore_trainers import parallel
 from zscore_trainers.bodies import BODIES, meta_model
+from zscore_trainers.lora import add_adapters
 from zscore_trainers.vocabulary import SLICE
 
 if TYPE_CHECKING:
@@ -162,7 +163,10 @@ def plan(recipe: Recipe, name: str, model: str) -> str:
     config = json.loads(file.read_text()) if file.is_file() else BODIES[name]
     if config.get("model_type") != "qwen3_5":
         raise UsageError(f"{model} is a {config.get('model_type')}: memory is planned for qwen3_5 alone")
-    found = counts(meta_model(config))
+    body = meta_model(config)
+    if recipe.lora_rank:
+        add_adapters(body, recipe.lora_rank, recipe.lora_alpha, recipe.lora_modules)
+    found = counts(body)
     origin = str(file) if file.is_file() else f"the architecture of {name}"
     head = f"{(found.trained + found.frozen) / 1e9:.2f} billion weights ({origin}), {found.trained / 1e9:.2f} trained"
     return f"{head}\n{table(found, config, [(gpus, _work(recipe, config, gpus)) for gpus in GPUS])}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from zscore.rubrics.rubric import load_rubric
 from zscore_trainers import parallel
+from zscore_trainers.lora import merged
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +34,8 @@ def export(policy: ScorePolicy, base: Path, out: Path, recipe: Recipe, *, traine
     weights = parallel.whole_state(policy)
     if parallel.rank():
         return out
+    if recipe.lora_rank:
+        weights = merged(weights, recipe.lora_rank, recipe.lora_alpha)
     out.mkdir(parents=True, exist_ok=True)
     policy.model.save_pretrained(out, state_dict=weights)  # type: ignore[operator]
     _say_dtype(out / "config.json")

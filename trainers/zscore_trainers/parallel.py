@@ -175,11 +175,12 @@ def _widen(module: nn.Module) -> None:
 def whole_state(policy: ScorePolicy) -> dict[str, Tensor]:
     """All weights of the model, by their names in its checkpoint; empty on every rank but the first.
 
-    Each comes to the first rank's CPU memory, bfloat16, one after the other. Call it on all ranks.
+    Each comes to the first rank's CPU memory, one after the other: bfloat16, but for adapters, which are to be merged
+    first. Call it on all ranks.
     """
     found = {}
     for name, value in policy.model.state_dict().items():
-        whole = value.to(torch.bfloat16)
+        whole = value if ".lora_" in name else value.to(torch.bfloat16)
         whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
         if rank() == 0:
             found[name] = whole.cpu()

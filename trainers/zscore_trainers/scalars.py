@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zscore.errors import UsageError
 
@@ -43,11 +43,12 @@ def scalars(folder: Path | None, step: int = 0) -> Iterator[Write]:
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(folder, purge_step=step + 1 if step else None) as writer:  # type: ignore[no-untyped-call]
+    build: Any = SummaryWriter  # untyped
+    with build(folder, purge_step=step + 1 if step else None) as writer:
 
         def write(step: int, found: Mapping[str, float]) -> None:
             for name, value in found.items():
                 group = "held_out" if name.startswith(HELD_OUT) else "training"
-                writer.add_scalar(f"{group}/{name}", value, step)  # type: ignore[no-untyped-call]
+                writer.add_scalar(f"{group}/{name}", value, step)
 
         yield write

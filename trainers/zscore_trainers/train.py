@@ -29,6 +29,7 @@ from zscore_trainers.data import Collator, Order, TrainSet
 from zscore_trainers.engine import Engine, deciding
 from zscore_trainers.export import export
 from zscore_trainers.held_out import HeldOut, is_held_out
+from zscore_trainers.lora import add_adapters
 from zscore_trainers.pictures import PictureFile, collect
 from zscore_trainers.policy import ScorePolicy
 from zscore_trainers.risd import Risd
@@ -224,6 +225,8 @@ def _policy(checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe, devi
         raise ModelError(
             f"transformers can't load {checkpoint.id}: {next(iter(str(error).splitlines()), '')}"
         ) from error
+    if recipe.lora_rank:
+        add_adapters(model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_modules)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     policy = ScorePolicy(model, builder.level_ids)
