@@ -4,7 +4,8 @@
     engine: average over ranks (FSDP2) → clip → AdamW → cosine schedule → log → checkpoint every N steps
 
 A checkpoint holds model, optimizer and the number of the next step (`torch.distributed.checkpoint`); batches and seeds
-follow from the step's number, so a run that was killed goes on as if it hadn't been.
+follow from the step's number, so a run that was killed goes on as if it hadn't been. Over several ranks each writes its
+share of it; the log and what is shown are the first rank's.
 """
 
 from __future__ import annotations
@@ -12,21 +13,28 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from zscore.errors import UsageError
+from zscore_trainers import parallel
+from zscore_trainers.guard import Guard, HedgingError
+from zscore_trainers.scalars import require, scalars
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
+
+    from torch import Tensor
 
     from zscore_trainers.policy import ScorePolicy
 
@@ -52,6 +60,13 @@ class EngineConfig:
     save_every: int = 500
     evaluate_every: int = 0
     """0 never evaluates."""
+    patience: int = 4
+    """Evaluations that agreement may fall for while training figures improve (`zscore_trainers.guard`); 0 is for ever.
+
+    It stops a run and changes none, so a run may go on with another.
+    """
+    tensorboard: bool = False
+    """Whether the figures are written for TensorBoard too, into OUT/tensorboard."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that can't be meant.
@@ -62,6 +77,8 @@ class EngineConfig:
         for name in ("steps", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: at least 1")
+        if self.patience < 0:
+            raise UsageError(f"patience is {self.patience}: 0 or more evaluations")
         if not 0 < self.learning_rate < math.inf:
             raise UsageError(f"learning_rate is {self.learning_rate}: a positive number")
 
@@ -105,11 +122,14 @@ class Engine:
         self._algorithm = algorithm
         self._config = config
         self._out = out
-        self._settings = json.loads(json.dumps({"engine": asdict(config), **(settings or {})}))
+        self._settings = json.loads(json.dumps({"engine": deciding(config), **(settings or {})}))
         # Fused, it makes no copies of a table; the plain one makes two at a time (benchmarks/risd_memory.py).
         self._optimizer = torch.optim.AdamW(
             _groups(policy, config), lr=config.learning_rate, betas=config.betas, fused=True
         )
+        self._guard = Guard(config.patience)
+        if config.tensorboard:
+            require()
         self.step = 0
         """Of the next update."""
 
@@ -118,10 +138,18 @@ class Engine:
         on_step: Callable[[int, Mapping[str, float]], None] | None = None,
         evaluate: Callable[[ScorePolicy], Mapping[str, float]] | None = None,
     ) -> None:
-        """Train until the last step, from where the run stands."""
-        config = self._config
+        """Train until the last step, from where the run stands.
+
+        Raises:
+            HedgingError: training figures improve while held-out agreement falls; the last checkpoint is kept.
+        """
+        config, first = self._config, parallel.rank() == 0
         self._policy.train()
-        with (self._out / "log.jsonl").open("a") as log:
+        folder = self._out / "tensorboard" if first and config.tensorboard else None
+        with (
+            (self._out / "log.jsonl" if first else Path(os.devnull)).open("a") as log,
+            scalars(folder, self.step) as write,
+        ):
             while self.step < config.steps:
                 began = time.perf_counter()
                 found = dict(self._update())
@@ -132,18 +160,22 @@ class Engine:
                     self._policy.train()
                 log.write(json.dumps({"step": self.step, **found}) + "\n")
                 log.flush()
-                if on_step is not None:
+                write(self.step, found)
+                if first and on_step is not None:
                     on_step(self.step, found)
                 if self.step % config.save_every == 0 or self.step == config.steps:
                     self.save()
+                complaint = self._guard.see(self.step, found)
+                if complaint is not None:
+                    raise HedgingError(f"{complaint}; {self._kept()}")
 
     def _update(self) -> Mapping[str, float]:
         """One step of the optimizer."""
         rate = self._config.rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        found = self._algorithm.backward(self._policy, self.step)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._config.clip))
+        found = parallel.averaged(self._algorithm.backward(self._policy, self.step))
+        norm = _number(torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._config.clip))
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm} at step {self.step}: lower learning_rate")
         self._optimizer.step()
@@ -154,15 +186,18 @@ class Engine:
     def save(self) -> Path:
         """Write a checkpoint; the one before is deleted when this one is whole."""
         folder = self._out / "checkpoints" / f"step-{self.step:08d}"
-        shutil.rmtree(folder, ignore_errors=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        parallel.wait()
         model, optimizer = get_state_dict(self._policy, self._optimizer)
         with _unwarned():
             state_dict_saver.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
-        if _rank() == 0:
+        if parallel.rank() == 0:  # save returns where all ranks have written
             (folder / DONE).write_text(json.dumps({"step": self.step, "settings": self._settings}))
             for other in folder.parent.iterdir():
                 if other != folder:
                     shutil.rmtree(other, ignore_errors=True)
+        parallel.wait()
         return folder
 
     def resume(self) -> bool:
@@ -171,7 +206,7 @@ class Engine:
         Raises:
             UsageError: it was made with other settings; names the first.
         """
-        folders = sorted(path.parent for path in (self._out / "checkpoints").glob(f"step-*/{DONE}"))
+        folders = self._whole()
         if not folders:
             return False
         about = json.loads((folders[-1] / DONE).read_text())
@@ -181,7 +216,33 @@ class Engine:
             state_dict_loader.load({"model": model, "optimizer": optimizer}, checkpoint_id=folders[-1])
         set_state_dict(self._policy, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
         self.step = int(about["step"])
+        for step, found in _logged(self._out / "log.jsonl", self.step).items():
+            self._guard.see(step, found)
         return True
+
+    def _whole(self) -> list[Path]:
+        return sorted(path.parent for path in (self._out / "checkpoints").glob(f"step-*/{DONE}"))
+
+    def _kept(self) -> str:
+        folders = self._whole()
+        return f"the last checkpoint is {folders[-1].name}" if folders else "no checkpoint was written yet"
+
+
+def deciding(config: EngineConfig) -> dict[str, Any]:
+    """The settings that the weights depend on."""
+    return {name: value for name, value in asdict(config).items() if name not in {"patience", "tensorboard"}}
+
+
+def _logged(file: Path, last: int) -> dict[int, Mapping[str, float]]:
+    """The log up to a step; of steps that were done twice, as they were the second time."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    found = {row.pop("step"): row for row in rows}
+    return {step: found[step] for step in sorted(found) if step <= last}
+
+
+def _number(norm: Tensor) -> float:
+    """A norm over all shares, where the parameters are shared out."""
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _groups(policy: ScorePolicy, config: EngineConfig) -> list[dict[str, Any]]:
@@ -207,11 +268,3 @@ def _unwarned() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _is_distributed() else 0

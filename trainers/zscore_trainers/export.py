@@ -6,9 +6,9 @@ import json
 import shutil
 from typing import TYPE_CHECKING
 
-import torch
-
 from zscore.rubrics.rubric import load_rubric
+from zscore_trainers import parallel
+from zscore_trainers.lora import merged
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ COPIED = ("*.jinja", "tokenizer*", "*processor*.json", "vocab.json", "merges.txt
 
 
 def export(policy: ScorePolicy, base: Path, out: Path, recipe: Recipe, *, trained: str) -> Path:
-    """Write weights (bfloat16), config, tokenizer, processors and `zscore.json`.
+    """Write weights (bfloat16), config, tokenizer, processors and `zscore.json`; to be called on all ranks.
 
     Args:
         policy: what was trained; its parameters are only read.
@@ -31,8 +31,12 @@ def export(policy: ScorePolicy, base: Path, out: Path, recipe: Recipe, *, traine
         trained: one line on how it was trained.
     """
     rubric = load_rubric(recipe.rubric)
+    weights = parallel.whole_state(policy)
+    if parallel.rank():
+        return out
+    if recipe.lora_rank:
+        weights = merged(weights, recipe.lora_rank, recipe.lora_alpha)
     out.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.to(torch.bfloat16) for name, value in policy.model.state_dict().items()}
     policy.model.save_pretrained(out, state_dict=weights)  # type: ignore[operator]
     _say_dtype(out / "config.json")
     for pattern in COPIED:

@@ -1,6 +1,6 @@
 """How well means of the learned distributions agree with the targets' on prompts that aren't trained on.
 
-The hedging guard watches it: a policy that drifts to the middle of the scale gains in loss and reward while its
+`zscore_trainers.guard` watches it: a policy that drifts to the middle of the scale gains in loss and reward while its
 agreement falls, which no training figure shows.
 """
 
@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 
 from zscore.agreement import accuracies, count_pairs
+from zscore_trainers import parallel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,14 +47,8 @@ class HeldOut:
 
     @torch.no_grad()
     def __call__(self, policy: ScorePolicy) -> Mapping[str, float]:
-        """PLCC and pair accuracy (HPA) of each dimension and of their mean."""
-        device = next(policy.parameters()).device
-        found = []
-        for start in range(0, len(self._group_N), self._batch):
-            batch, _ = self._collate(range(start, min(start + self._batch, len(self._group_N))))
-            probs_BDK = policy(batch.to(device), with_logprobs=False).score_logits_BDK.softmax(-1)
-            found.append((probs_BDK.cpu() @ self._values).reshape(-1, len(self._names)).numpy())
-        mu_ND = np.concatenate(found)
+        """PLCC and pair accuracy (HPA) of each dimension and of their mean; on all ranks, which share the work."""
+        mu_ND = self._means(policy)
         result = {}
         for column, name in enumerate((*self._names, "overall")):
             mine, wanted = (_column(values, column) for values in (mu_ND, self._wanted_ND))
@@ -63,6 +58,26 @@ class HeldOut:
             if accuracy is not None:
                 result[f"hpa_{name}"] = accuracy
         return result
+
+    def _means(self, policy: ScorePolicy) -> NDArray[np.float32]:
+        """Means of all samples, on every rank.
+
+        Ranks take turns with the batches. Where these don't come out even some repeat the last one, whose result they
+        drop: each forward pass needs all ranks, for each holds a share of the weights.
+        """
+        device = next(policy.parameters()).device
+        count, ranks = len(self._group_N), parallel.ranks()
+        mu_ND = torch.zeros(count, len(self._names))
+        batches = -(-count // self._batch)
+        for turn in range(-(-batches // ranks)):
+            number = turn * ranks + parallel.rank()
+            start = min(number, batches - 1) * self._batch
+            end = min(start + self._batch, count)
+            batch, _ = self._collate(range(start, end))
+            probs_BDK = policy(batch.to(device), with_logprobs=False).score_logits_BDK.softmax(-1)
+            if number < batches:
+                mu_ND[start:end] = (probs_BDK.cpu() @ self._values).reshape(-1, len(self._names))
+        return parallel.summed(mu_ND).numpy()
 
 
 def _group(sample: Sample) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from zscore.errors import UsageError
 from zscore_trainers.engine import EngineConfig
+from zscore_trainers.lora import MODULES
 from zscore_trainers.risd import RisdConfig
 
 if TYPE_CHECKING:
@@ -26,13 +27,28 @@ class Recipe:
     max_pixels: int
     min_pixels: int
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights while training."""
+    """Of the arithmetic; the weights and moments of what is trained are float32 between steps."""
     gradient_checkpointing: bool = False
     seed: int = 0
     held_out: float = 0.05
     """Share of the prompts that is only evaluated on."""
+    lora_rank: int = 0
+    """Of adapters that are trained instead of all weights (`zscore_trainers.lora`); 0 trains all."""
+    lora_alpha: float = 32.0
+    """Adapters count alpha / rank times."""
+    lora_modules: tuple[str, ...] = MODULES
+    """Linear layers that get one, by the last part of their names."""
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(steps=1000))
     algorithm: RisdConfig = field(default_factory=RisdConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse a rank that can't be meant.
+
+        Raises:
+            UsageError: names the setting.
+        """
+        if self.lora_rank < 0:
+            raise UsageError(f"lora_rank is {self.lora_rank}: 0 trains all weights, 16 is usual")
 
 
 def tiny() -> Recipe:
@@ -49,7 +65,7 @@ def tiny() -> Recipe:
 
 
 def z_reward_9b() -> Recipe:
-    """A Qwen3.5-9B student on eight GPUs: full weights in bfloat16, 1,024 image tokens."""
+    """A Qwen3.5-9B student on eight GPUs: all weights, bfloat16 arithmetic, 1,024 image tokens."""
     return Recipe(
         rubric="z-reward",
         layout="joint",
@@ -61,7 +77,17 @@ def z_reward_9b() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny, "z-reward-9b": z_reward_9b}
+def z_reward_27b() -> Recipe:
+    """A Qwen3.5-27B on eight GPUs or more; as the 9B, in smaller micro-batches. The paper names no learning rate."""
+    nine = z_reward_9b()
+    return dataclasses.replace(nine, algorithm=dataclasses.replace(nine.algorithm, micro_batch=2))
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "tiny": tiny,
+    "z-reward-9b": z_reward_9b,
+    "z-reward-27b": z_reward_27b,
+}
 
 
 def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
@@ -110,7 +136,7 @@ def _parsed(key: str, text: str, example: Any) -> Any:
         if isinstance(example, bool):
             return {"true": True, "false": False}[text.lower()]
         if isinstance(example, tuple):
-            return tuple(float(part) for part in text.split(","))
+            return tuple(type(example[0])(part.strip()) for part in text.split(","))
         return type(example)(text)
     except (KeyError, ValueError) as error:
         raise UsageError(f"--set {key}={text}: a value like {example} is wanted") from error

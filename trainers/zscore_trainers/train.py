@@ -4,13 +4,15 @@ OUT/pictures.bin      the pictures, copied once
 OUT/log.jsonl         a line a step
 OUT/checkpoints/      the last state, to go on from
 OUT/model/            the result, for `zscore score --model OUT/model`
+
+Under torchrun every process calls `train` with the same arguments; see `zscore_trainers.parallel`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,10 +24,12 @@ from zscore.patches import PixelOptions
 from zscore.rubrics.rubric import load_rubric
 from zscore.shards import expand
 from zscore.templates import PromptBuilder
+from zscore_trainers import parallel
 from zscore_trainers.data import Collator, Order, TrainSet
-from zscore_trainers.engine import Engine
+from zscore_trainers.engine import Engine, deciding
 from zscore_trainers.export import export
 from zscore_trainers.held_out import HeldOut, is_held_out
+from zscore_trainers.lora import add_adapters
 from zscore_trainers.pictures import PictureFile, collect
 from zscore_trainers.policy import ScorePolicy
 from zscore_trainers.risd import Risd
@@ -90,41 +94,54 @@ def train(
 
     Raises:
         UsageError, TableError, ModelError: an argument, the data or the checkpoint can't be used; one line each.
+        HedgingError: training figures improve while held-out agreement falls.
     """
     if options.algorithm not in ALGORITHMS:
         raise UsageError(f"no algorithm is called '{options.algorithm}': there are {', '.join(ALGORITHMS)}")
     checkpoint = read_checkpoint(options.model)
     rubric = load_rubric(recipe.rubric)
     targets = read_targets(options.data, rubric)
-    _prepare_folder(options)
-    sets, left_out = _read_sets(options, recipe, targets)
-    pixels = PixelOptions(
-        patch=checkpoint.patch, merge=checkpoint.merge, min_pixels=recipe.min_pixels, max_pixels=recipe.max_pixels
-    )
     builder = PromptBuilder(
         checkpoint.path, rubric, recipe.layout, merge=checkpoint.merge, max_tokens=min(checkpoint.max_tokens, 16_384)
     )
-    torch.manual_seed(recipe.seed)
-    policy = _policy(checkpoint, builder, recipe)
-    with closing(PictureFile(options.out / "pictures.bin")) as pictures:
-        dtype = getattr(torch, recipe.dtype)
-        collators = [Collator.of(one, pictures, checkpoint, builder, pixels, dtype=dtype) for one in sets if one]
-        if on_ready is not None:
-            on_ready(len(collators[0].train.samples), len(collators[1].train.samples) if len(collators) > 1 else 0)
-        evaluate = None
-        if len(collators) > 1:
-            evaluate = HeldOut(collators[1], rubric.names, rubric.values, recipe.algorithm.micro_batch)
-        order = Order(len(collators[0].train.samples), recipe.algorithm.batch_size, recipe.seed)
-        algorithm = Risd(recipe.algorithm, order, collators[0])
-        engine = Engine(policy, algorithm, recipe.engine, options.out, _settings(options, recipe, rubric, collators))
-        if options.resume:
-            engine.resume()
-        engine.run(on_step, evaluate)
-        metrics = _final(policy, evaluate)
-    said = f"{options.algorithm} on {len(collators[0].train.samples):,} samples for {engine.step:,} steps"
-    model = export(policy, checkpoint.path, options.out / "model", recipe, trained=said)
-    held_out = len(collators[1].train.samples) if len(collators) > 1 else 0
-    return Trained(model, engine.step, len(collators[0].train.samples), held_out, left_out, metrics)
+    with parallel.started(getattr(torch, recipe.dtype)) as device:
+        _check_ranks(recipe)
+        data = parallel.from_first(lambda: _read_data(options, recipe, targets))
+        if on_ready is not None and parallel.rank() == 0:
+            on_ready(len(data.train.samples), len(data.held_out.samples) if data.held_out else 0)
+        torch.manual_seed(recipe.seed)
+        policy = _policy(checkpoint, builder, recipe, device)
+        with closing(PictureFile(options.out / "pictures.bin")) as pictures:
+            collators = _collators(data, pictures, checkpoint, builder, recipe)
+            evaluate = _held_out(collators, rubric, recipe)
+            settings = _settings(options, recipe, rubric, collators)
+            engine = Engine(policy, _algorithm(recipe, collators[0]), recipe.engine, options.out, settings)
+            if options.resume:
+                engine.resume()
+            engine.run(on_step, evaluate)
+            metrics = _final(policy, evaluate)
+        said = f"{options.algorithm} on {len(data.train.samples):,} samples for {engine.step:,} steps"
+        model = export(policy, checkpoint.path, options.out / "model", recipe, trained=said)
+    held_out = len(data.held_out.samples) if data.held_out else 0
+    return Trained(model, engine.step, len(data.train.samples), held_out, data.left_out, metrics)
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """What the shards and the table give together."""
+
+    train: TrainSet
+    held_out: TrainSet | None
+    left_out: int
+    """Samples of the table that are in neither."""
+
+
+def _check_ranks(recipe: Recipe) -> None:
+    if recipe.algorithm.batch_size % parallel.ranks():
+        raise UsageError(
+            f"batch_size is {recipe.algorithm.batch_size}, which {parallel.ranks()} processes can't share evenly: set a"
+            " multiple of their number"
+        )
 
 
 def _prepare_folder(options: TrainOptions) -> None:
@@ -134,12 +151,13 @@ def _prepare_folder(options: TrainOptions) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
 
 
-def _read_sets(options: TrainOptions, recipe: Recipe, targets: Targets) -> tuple[tuple[TrainSet, TrainSet | None], int]:
-    """What to train on, what is held out, and how many samples of the table are in neither."""
+def _read_data(options: TrainOptions, recipe: Recipe, targets: Targets) -> _Data:
+    """Copy the pictures, and share the samples out between training and evaluation."""
 
     def wants(sample: Sample) -> bool:
         return (sample.shard, sample.index) in targets
 
+    _prepare_folder(options)
     found = collect(expand(options.shards), options.out / "pictures.bin", wants)
     good = [(sample, place) for sample, place in found if sample.failure is None]
     if not good:
@@ -148,7 +166,7 @@ def _read_sets(options: TrainOptions, recipe: Recipe, targets: Targets) -> tuple
     rest = [pair for pair in good if not is_held_out(pair[0].prompt, recipe.held_out)]
     if not rest:
         raise UsageError(f"all {len(good)} samples are held out: lower held_out (now {recipe.held_out})")
-    return (_train_set(rest, targets), _train_set(held, targets) if held else None), len(targets) - len(good)
+    return _Data(_train_set(rest, targets), _train_set(held, targets) if held else None, len(targets) - len(good))
 
 
 def _train_set(pairs: Sequence[tuple[Sample, Place]], targets: Targets) -> TrainSet:
@@ -158,7 +176,36 @@ def _train_set(pairs: Sequence[tuple[Sample, Place]], targets: Targets) -> Train
     )
 
 
-def _policy(checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe) -> ScorePolicy:
+def _collators(
+    data: _Data, pictures: PictureFile, checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe
+) -> list[Collator]:
+    """Of what is trained on and, where there is something held out, of that."""
+    pixels = PixelOptions(
+        patch=checkpoint.patch, merge=checkpoint.merge, min_pixels=recipe.min_pixels, max_pixels=recipe.max_pixels
+    )
+    return [
+        Collator.of(one, pictures, checkpoint, builder, pixels, dtype=getattr(torch, recipe.dtype))
+        for one in (data.train, data.held_out)
+        if one is not None
+    ]
+
+
+def _held_out(collators: Sequence[Collator], rubric: Rubric, recipe: Recipe) -> HeldOut | None:
+    if len(collators) == 1:
+        return None
+    return HeldOut(collators[1], rubric.names, rubric.values, recipe.algorithm.micro_batch)
+
+
+def _algorithm(recipe: Recipe, collate: Collator) -> Risd:
+    order = Order(len(collate.train.samples), recipe.algorithm.batch_size, recipe.seed)
+    return Risd(recipe.algorithm, order, collate, rank=parallel.rank(), ranks=parallel.ranks())
+
+
+def _policy(checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe, device: torch.device) -> ScorePolicy:
+    """The checkpoint's weights on this process's device: all of them, or this rank's share.
+
+    Every rank reads the checkpoint as it is stored, so a machine's memory has to hold it once a rank for a while.
+    """
     import transformers
 
     from zscore._torchvision import ensure_importable
@@ -169,7 +216,7 @@ def _policy(checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe) -> S
     try:
         model = transformers.AutoModelForImageTextToText.from_pretrained(
             checkpoint.path,
-            dtype=getattr(torch, recipe.dtype),
+            dtype="auto" if parallel.is_started() else getattr(torch, recipe.dtype),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -178,10 +225,15 @@ def _policy(checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe) -> S
         raise ModelError(
             f"transformers can't load {checkpoint.id}: {next(iter(str(error).splitlines()), '')}"
         ) from error
+    if recipe.lora_rank:
+        add_adapters(model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_modules)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return ScorePolicy(model, builder.level_ids).to(device)
+    policy = ScorePolicy(model, builder.level_ids)
+    if not parallel.is_started():
+        return policy.to(device)
+    parallel.share_out(policy, getattr(torch, recipe.dtype), device)
+    return policy
 
 
 def _settings(
@@ -194,7 +246,7 @@ def _settings(
         rows.update("\n".join(f"{one.shard} {one.index}" for one in collate.train.samples).encode())
     return {
         "algorithm": options.algorithm,
-        "recipe": asdict(replace(recipe, engine=recipe.engine)),
+        "recipe": {**asdict(recipe), "engine": deciding(recipe.engine)},
         "rubric_hash": rubric.hash,
         "model": weights_hash(read_checkpoint(options.model).path),
         "data": rows.hexdigest(),

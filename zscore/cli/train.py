@@ -23,11 +23,16 @@ def train(
     ],
     model: Annotated[str, typer.Option(help="Checkpoint to start from: a folder or a hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
-    recipe: Annotated[str, typer.Option(help="All settings by one name: tiny, z-reward-9b.")] = "z-reward-9b",
+    recipe: Annotated[
+        str, typer.Option(help="All settings by one name: tiny, z-reward-9b, z-reward-27b.")
+    ] = "z-reward-9b",
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the run takes of 8, 16 and 32 GPUs' memory, and stop.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
 ) -> None:
     """Train a student that gives score distributions at once, in the layout that it is served in.
@@ -42,18 +47,30 @@ def train(
     \b
     A run that was interrupted goes on with --resume as if it hadn't been. Prompts are held out by their hash
     (held_out, 5 %) and evaluated on as the run goes: PLCC, and the share of same-prompt pairs in the right order.
+
+    \b
+    On several GPUs, each with a share of the weights and of the batch:
+      torchrun --nproc-per-node 8 -m zscore train risd shards/ --data teacher.parquet --model ... --out run/
     """
     from rich.console import Console
 
+    from zscore_trainers.parallel import rank
     from zscore_trainers.recipes import load_recipe
     from zscore_trainers.train import TrainOptions
     from zscore_trainers.train import train as run
 
     console = Console(stderr=True)
     chosen = load_recipe(recipe, changes or [])
+    if dry_run:
+        from zscore_trainers.budget import plan
+
+        typer.echo(plan(chosen, recipe, model))
+        return
     options = TrainOptions(algorithm=algorithm, data=data, shards=tuple(shards), model=model, out=out, resume=resume)
     show = None if quiet else _shown(console, chosen.engine.steps)
     made = run(options, chosen, show, None if quiet else lambda some, held: console.print(_about(some, held)))
+    if rank():  # the first process says it
+        return
     for name, value in made.metrics.items():
         typer.echo(f"{name:<20} {value:.3f}")
     if made.left_out:
