@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -49,3 +50,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder.parent.name}/{folder.name} isn't beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that reasons (tests.trainers.talker); trained once, whichever process comes first."""
+    from tests.trainers.talker import make
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    with (shared / "talker.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = shared / "talker" / "model" / "zscore.json"
+        if not done.exists():
+            (shared / "talker").mkdir(exist_ok=True)
+            make(shared / "talker")
+    return done.parent

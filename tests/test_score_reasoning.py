@@ -6,14 +6,13 @@ import polars as pl
 import pytest
 
 from tests.command import zscore
-from tests.trainers import talker
 from zscore.parquet import read_metadata
 from zscore.scorer import Scorer
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return talker.make(tmp_path_factory.mktemp("talker"))
+def model(talker):
+    return talker
 
 
 @pytest.fixture(scope="module")

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.trainers import talker, world_set
+from tests.trainers import world_set
 from zscore.engines.generate import GenerateConfig, open_generator
 from zscore.engines.reasoning import ReasoningEngine, draw_seed
 from zscore.errors import ModelError
 from zscore.reasoning import ReasoningOptions, finder
 from zscore.records import Failure, LevelScores, Status
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 RUBRIC = world_set.RUBRIC
 LIMIT = 48
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return talker.make(tmp_path_factory.mktemp("talker"))
+def model(talker):
+    return talker
 
 
 @pytest.fixture(scope="module")

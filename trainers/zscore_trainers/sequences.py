@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from zscore.records import EnginePrompt
     from zscore.rubrics.rubric import Rubric
     from zscore_trainers.data import Collator
-    from zscore_trainers.policy import PolicyBatch
+    from zscore_trainers.policy import PolicyBatch, ScorePolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +65,28 @@ def given(collator: Collator, rubric: Rubric, reasoning: str, level: int) -> Wri
     """An output as the model should write it: the reasoning, the marker, the level token."""
     words = collator.builder.encode(f"{reasoning.strip()} {rubric.reasoning_marker}")
     return Written((*words, collator.builder.level_ids[level]), len(words))
+
+
+def read_outputs(policy: ScorePolicy, batch: OutputBatch, width: int) -> tuple[Tensor, Tensor]:
+    """Score logits (B, K), 0 without a score, and log-probabilities of the outputs' tokens, (B, width)."""
+    device = next(policy.parameters()).device
+    found = policy(batch.policy.to(device))
+    logits_BK = found.score_logits_BDK[:, 0]
+    has_score_B1 = (batch.policy.probes_BD >= 0).to(device)
+    return torch.where(has_score_B1, logits_BK, 0), at_left(found.logprob_BT, batch, width)
+
+
+def at_left(values_BT: Tensor, batch: OutputBatch, width: int) -> Tensor:
+    """The outputs' part of each row, at the left; zeros (False) behind it."""
+    output_BT = batch.output_BT.to(values_BT.device)
+    start_B1 = output_BT.int().argmax(-1, keepdim=True)
+    at_BW = start_B1 + torch.arange(width, device=values_BT.device)
+    within_BW = at_BW < (start_B1 + output_BT.sum(-1, keepdim=True))
+    picked_BW = values_BT.gather(1, at_BW.clamp(max=values_BT.shape[1] - 1))
+    return torch.where(within_BW, picked_BW, torch.zeros((), dtype=values_BT.dtype, device=values_BT.device))
+
+
+def token_logprobs(policy: ScorePolicy, batch: OutputBatch, width: int) -> Tensor:
+    """Log-probabilities of the outputs' tokens, (B, width), without gradient."""
+    with torch.no_grad():
+        return read_outputs(policy, batch, width)[1]

@@ -1,0 +1,255 @@
+"""GRPO, GDSO and OPD on what a tiny model that reasons really writes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.trainers import world_set
+from zscore.engines.generate import GenerateConfig, open_generator
+from zscore.reasoning import finder
+from zscore_trainers.data import Order
+from zscore_trainers.engine import Engine, EngineConfig
+from zscore_trainers.gdso import Gdso, GdsoConfig
+from zscore_trainers.grpo import Grpo, GrpoConfig
+from zscore_trainers.opd import Opd, OpdConfig
+from zscore_trainers.pairs import Pair, make_pairs
+from zscore_trainers.reference import Reference
+from zscore_trainers.rollouts import Rollouts, Sampling, rollout_seed
+from zscore_trainers.sequences import collate, token_logprobs
+
+RUBRIC = world_set.RUBRIC
+LIMIT = 32
+# Labels that the model doesn't know.
+PAIR = Pair(1, 0, 1, (4.0, 2.5))
+
+
+@pytest.fixture(scope="module")
+def model(talker):
+    return talker
+
+
+@pytest.fixture(scope="module")
+def sampling(model):
+    world = model.parent / "world"
+    collator = world_set.collator(world_set.world_set(world, prompts=1), world, model, "reasoning")
+    builder = collator.builder
+    generator = open_generator(
+        "transformers", model, RUBRIC, builder, GenerateConfig(max_tokens=LIMIT, dtype="float32", batch_size=16)
+    )
+    rollouts = Rollouts(generator, finder(RUBRIC, builder.decode, builder.level_ids))
+    yield Sampling(collator=collator, rollouts=rollouts, values=RUBRIC.values, seed=3)
+    rollouts.close()
+
+
+@pytest.fixture
+def policy(model):
+    return world_set.load(model)
+
+
+class Replayed(Rollouts):
+    """Writes once, and the same ever after."""
+
+    def __init__(self, rollouts):
+        self._rollouts, self._drawn = rollouts, None
+
+    def follow(self, policy):
+        if self._drawn is None:
+            self._rollouts.follow(policy)
+
+    def draw(self, prompts, seeds):
+        self._drawn = self._drawn or self._rollouts.draw(prompts, seeds)
+        return self._drawn
+
+
+def gradients(policy) -> torch.Tensor:
+    return torch.cat(
+        [torch.zeros(one.numel()) if one.grad is None else one.grad.flatten() for one in policy.parameters()]
+    )
+
+
+def learned(algorithm, policy, step=0):
+    policy.zero_grad()
+    return algorithm.backward(policy, step), gradients(policy)
+
+
+def gdso(sampling, pairs=(PAIR,), reference=None, **options):
+    settings = {"batch_size": len(pairs), "group": 2, "beta": 0.0 if reference is None else 0.1} | options
+    return Gdso(GdsoConfig(**settings), Order(len(pairs), len(pairs)), pairs, sampling, reference)
+
+
+class TestPairs:
+    class Sample:
+        def __init__(self, group):
+            self.group, self.prompt = group, "p"
+
+    def test_every_two_that_differ(self):
+        samples = [self.Sample(group) for group in "aaabb"]
+        labels_ND = np.array([[1.0, 3], [2, 3], [1, np.nan], [5, 1], [4, 2]])
+        pairs = make_pairs(samples, labels_ND, most=10, seed=0)
+        assert pairs == [
+            Pair(0, 1, 0, (2.0, 1.0)),
+            Pair(0, 1, 2, (2.0, 1.0)),
+            Pair(0, 3, 4, (5.0, 4.0)),
+            Pair(1, 4, 3, (2.0, 1.0)),
+        ]
+
+    def test_no_more_than_most_and_the_same_every_time(self):
+        samples = [self.Sample("a") for _ in range(9)]
+        labels_ND = np.arange(9.0)[:, None]
+        few, again = (make_pairs(samples, labels_ND, most=5, seed=1) for _ in range(2))
+        assert few == again
+        assert len(set(few)) == 5
+        assert all(pair.labels[0] > pair.labels[1] for pair in few)
+
+    def test_nothing_to_compare(self):
+        with pytest.raises(ValueError, match="at least two candidates"):
+            make_pairs([self.Sample("a"), self.Sample("b")], np.array([[1.0], [2.0]]), most=5, seed=0)
+
+
+class TestRollouts:
+    def test_seeds_are_their_own(self):
+        seeds = {rollout_seed(*numbers) for numbers in itertools.product(range(3), repeat=4)}
+        assert len(seeds) == 81
+        assert rollout_seed(1, 23) != rollout_seed(12, 3)
+
+    def test_what_is_written_follows_the_policy(self, sampling, policy):
+        """After a step the generator's distributions are those of the new weights."""
+        prompts = [found[1] for found in sampling.collator.prompts([0, 1])]
+        sampling.rollouts.follow(policy)
+        before = sampling.rollouts.draw(prompts, [1, 2])
+        with torch.no_grad():
+            policy.model.get_output_embeddings().weight.mul_(0.9)
+        sampling.rollouts.follow(policy)
+        after = sampling.rollouts.draw(prompts, [1, 2])
+        assert np.abs(after[0].probs_K - before[0].probs_K).max() > 1e-4
+        batch = collate(sampling.collator, [(one.prompt, one.written) for one in after])
+        with torch.no_grad():
+            mine_BK = policy(batch.policy).score_logits_BDK[:, 0].softmax(-1).numpy()
+        np.testing.assert_allclose([one.probs_K for one in after], mine_BK, atol=1e-4)
+
+    def test_the_trainer_reads_what_the_generator_sampled(self, sampling, policy):
+        found, _ = learned(gdso(sampling), policy)
+        assert found["drift"] < 1e-3
+        assert found["valid"] == 1
+        assert 5 < found["output_tokens"] < LIMIT
+
+
+class TestGdso:
+    def test_gradients_dont_depend_on_the_micro_batch(self, sampling, policy):
+        wanted = learned(gdso(sampling, micro_batch=4), policy)[1]
+        for size in (1, 3):
+            found = learned(gdso(sampling, micro_batch=size), policy)[1]
+            assert (found - wanted).norm() < 1e-4 * wanted.norm()
+
+    def test_what_the_direct_losses_add(self, sampling, policy):
+        """Gradients are linear in the weights of eq. 14's terms."""
+        none = learned(gdso(sampling, alpha_pt=0, alpha_pw=0), policy)[1]
+        grpo = Grpo(GrpoConfig(batch_size=1, group=2, beta=0), Order(1, 1), [PAIR], sampling)
+        assert (learned(grpo, policy)[1] - none).norm() <= 1e-5 * none.norm()
+        point = learned(gdso(sampling, alpha_pt=1, alpha_pw=0), policy)[1] - none
+        gap = learned(gdso(sampling, alpha_pt=0, alpha_pw=1), policy)[1] - none
+        both = learned(gdso(sampling, alpha_pt=2, alpha_pw=3), policy)[1] - none
+        assert (both - 2 * point - 3 * gap).norm() < 1e-3 * both.norm()
+
+    def test_in_the_stable_preset_the_score_token_doesnt_count(self, sampling, policy):
+        with torch.no_grad():  # so that outputs, and their rewards, differ
+            policy.model.get_output_embeddings().weight.mul_(0.75)
+        only_scores = {"alpha_pt": 0.0, "alpha_pw": 0.0}
+        stable = learned(gdso(sampling, preset="stable", group=4, **only_scores), policy)[1]
+        paper = learned(gdso(sampling, preset="paper", group=4, **only_scores), policy)[1]
+        assert (stable - paper).norm() > 1e-3 * paper.norm()
+
+    def test_rewards_from_text_are_levels(self, sampling, policy):
+        found, _ = learned(gdso(sampling, reward_from="text", lambda_pw=0.0), policy)
+        said = [sampling.collator.train.targets_NDK[side, 1] @ np.array(RUBRIC.values) for side in (0, 1)]
+        apart = [abs(one - label) for one, label in zip(said, PAIR.labels, strict=True)]
+        assert found["reward"] == pytest.approx(1 - np.mean(apart) / 4, abs=1e-6)
+
+    def test_an_output_without_a_score_gets_the_lowest_reward(self, sampling, policy, model):
+        builder = sampling.collator.builder
+        short = open_generator(
+            "transformers", model, RUBRIC, builder, GenerateConfig(max_tokens=2, dtype="float32", batch_size=16)
+        )
+        cut = Sampling(
+            collator=sampling.collator,
+            rollouts=Rollouts(short, finder(RUBRIC, builder.decode, builder.level_ids)),
+            values=RUBRIC.values,
+        )
+        found, gradient = learned(gdso(cut), policy)
+        assert found["valid"] == found["pointwise"] == found["pairwise"] == 0
+        assert found["reward"] == pytest.approx(-1)  # 0 of eq. 7, -1 of eq. 10
+        assert gradient.abs().max() < 1e-5  # all alike: no advantage
+
+    def test_pairs_are_learned_by_heart(self, sampling, policy, tmp_path):
+        """Mean absolute error below 0.05 on eight pictures' labels that the model doesn't know, reasonings held fixed.
+
+        (A model of two layers that knows its words by heart forgets them while its scores move; what is under test are
+        the direct gradients through real outputs.)
+        """
+        wanted = {0: (4.0, 3.0), 1: (3.5, 2.5), 2: (5.0, 1.5), 3: (4.5, 2.0)}
+        pairs = [Pair(dimension, 0, 1, labels) for dimension, labels in wanted.items()]
+        algorithm = gdso(replace(sampling, rollouts=Replayed(sampling.rollouts)), pairs, micro_batch=16)
+        Engine(policy, algorithm, EngineConfig(steps=120, learning_rate=4e-3, warmup=10), tmp_path).run()
+        batch = algorithm._sequences(algorithm._draw([0, 1, 2, 3], 0))
+        with torch.no_grad():
+            mu_N = policy(batch.policy).score_logits_BDK[:, 0].softmax(-1) @ torch.tensor(RUBRIC.values)
+        label_N = torch.tensor([label for pair in pairs for label in pair.labels]).repeat_interleave(2)
+        scored_N = batch.policy.probes_BD[:, 0] >= 0
+        assert scored_N.sum() >= 14
+        assert (mu_N - label_N)[scored_N].abs().mean() < 0.05
+
+
+class TestReference:
+    def test_is_refreshed_every_m_steps(self, sampling, policy):
+        reference = Reference(copy.deepcopy(policy), 2)
+        algorithm = gdso(sampling, reference=reference)
+        assert learned(algorithm, policy, 0)[0]["kl"] == pytest.approx(0, abs=1e-6)
+        with torch.no_grad():
+            policy.model.get_output_embeddings().weight.mul_(0.7)
+        assert learned(algorithm, policy, 1)[0]["kl"] > 1e-4
+        assert learned(algorithm, policy, 2)[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+    def test_is_never_trained(self, sampling, policy):
+        reference = Reference(copy.deepcopy(policy), 1)
+        learned(gdso(sampling, reference=reference), policy)
+        assert all(one.grad is None and not one.requires_grad for one in reference.frozen.parameters())
+
+    def test_is_wanted_where_beta_is(self, sampling):
+        with pytest.raises(ValueError, match=r"beta is 0\.1: a reference is wanted"):
+            gdso(sampling, beta=0.1)
+
+
+class TestOpd:
+    def opd(self, sampling, teacher, **options):
+        return Opd(OpdConfig(batch_size=4, **options), Order(8, 4), 4, sampling, teacher)
+
+    @pytest.mark.parametrize("against", ["old", "live"])
+    def test_a_student_that_is_its_teacher_has_nothing_to_learn(self, sampling, policy, model, against):
+        found, gradient = learned(self.opd(sampling, world_set.load(model), against=against), policy)
+        assert abs(found["reverse_kl"]) < 1e-4
+        assert gradient.norm() < 1e-2
+        assert found["valid"] == 1
+
+    def test_goes_towards_the_teacher(self, sampling, policy, model, tmp_path):
+        """What the teacher writes becomes likelier to a student that was made unsure of it."""
+        prompts = [found[dimension] for found in sampling.collator.prompts([0, 1]) for dimension in range(4)]
+        sampling.rollouts.follow(policy)
+        written = sampling.rollouts.draw(prompts, range(8))
+        batch = collate(sampling.collator, [(one.prompt, one.written) for one in written])
+        with torch.no_grad():
+            policy.model.get_output_embeddings().weight.mul_(0.6)
+        before = float(token_logprobs(policy, batch, LIMIT).mean())
+        algorithm = self.opd(sampling, world_set.load(model), micro_batch=4)
+        Engine(policy, algorithm, EngineConfig(steps=20, learning_rate=5e-4), tmp_path).run()
+        assert float(token_logprobs(policy, batch, LIMIT).mean()) > 0.8 * before
+
+    def test_a_batch_that_ranks_cant_share(self, sampling, model):
+        two = Sampling(collator=sampling.collator, rollouts=sampling.rollouts, values=RUBRIC.values, ranks=3)
+        with pytest.raises(ValueError, match="a batch of 4 can't be shared by 3 ranks"):
+            self.opd(two, world_set.load(model))

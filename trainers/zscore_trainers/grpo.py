@@ -1,0 +1,209 @@
+"""GRPO (eqs. 3 and 4) with rewards from labels (eqs. 7, 10 and 13), and what GDSO adds to it can be added to it.
+
+    pairs → G rollouts a side → q recomputed by the policy → rewards → advantages → loss, by `two_pass`
+
+The reward reads the mean of the distribution at the score (the paper's way), or the score as written (its ablation).
+Where the paper is silent: an output without a score has the lowest reward; the policy gradient is summed over an
+output's tokens and averaged over outputs. Two presets:
+
+    paper    every token of the output counts, weights are 1, as eq. 4 is written
+    stable   the score token doesn't count (given the reasoning its reward is constant, so its gradient is noise), and
+             tokens are weighted by how much likelier they are to the trainer than to the generator, at most `most`
+
+Shape suffixes: P pairs, J = 2 sides, G outputs a side, N = P x J x G, T tokens, K levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from zscore_trainers import losses
+from zscore_trainers.rollouts import rollout_seed
+from zscore_trainers.sequences import at_left, collate, read_outputs
+from zscore_trainers.two_pass import two_pass
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from zscore_trainers.data import Order
+    from zscore_trainers.pairs import Pair
+    from zscore_trainers.policy import ScorePolicy
+    from zscore_trainers.reference import Reference
+    from zscore_trainers.rollouts import Rollout, Sampling
+    from zscore_trainers.sequences import OutputBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrpoConfig:
+    """What the paper leaves open is at our choice here."""
+
+    batch_size: int = 8
+    """Pairs a step, over all ranks."""
+    group: int = 8
+    """G: outputs a side."""
+    micro_batch: int = 8
+    """Sequences a forward pass."""
+    lambda_pt: float = 1.0
+    """Weight of the pointwise reward (eq. 7)."""
+    lambda_pw: float = 1.0
+    """Weight of the pairwise reward (eq. 10)."""
+    beta: float = 0.01
+    """Weight of the KL to the reference; 0 keeps none."""
+    estimator: losses.KlEstimator = "k3"
+    reference_every: int = 100
+    """M: steps until the reference becomes the policy again."""
+    reward_from: Literal["distribution", "text"] = "distribution"
+    preset: Literal["stable", "paper"] = "stable"
+    most: float = 2.0
+    """Largest importance weight of the stable preset."""
+    max_tokens: int = 1024
+    """Longest output."""
+
+
+class Sampled(NamedTuple):
+    """What a step's loss is computed from, besides the policy's outputs."""
+
+    label_PJ: Tensor
+    valid_N: Tensor
+    text_N: Tensor
+    """Level values as written; NaN without a score."""
+    sampled_NT: Tensor
+    """The generator's log-probabilities, output tokens at the left."""
+    output_NT: Tensor
+    score_NT: Tensor
+    reference_NT: Tensor | None
+
+
+class Grpo:
+    """Gradients of GRPO; see `zscore_trainers.engine.Algorithm`.
+
+    Args:
+        config: how.
+        order: over the pairs.
+        pairs: what to learn from.
+        sampling: where outputs come from.
+        reference: for the KL; None where beta is 0.
+
+    Raises:
+        ValueError: a batch that the ranks can't share, or no reference where one is wanted.
+    """
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        order: Order,
+        pairs: Sequence[Pair],
+        sampling: Sampling,
+        reference: Reference | None = None,
+    ) -> None:
+        sampling.check(config.batch_size)
+        if config.beta and reference is None:
+            raise ValueError(f"beta is {config.beta}: a reference is wanted")
+        self._config = config
+        self._order = order
+        self._pairs = pairs
+        self._sampling = sampling
+        self._collator = sampling.collator
+        self._values_K = torch.tensor(sampling.values)
+        self._range = float(sampling.values[-1] - sampling.values[0])
+        self._reference = reference
+
+    def backward(self, policy: ScorePolicy, step: int) -> Mapping[str, float]:
+        """Roll out, score, and add the gradients of one batch of pairs."""
+        numbers = self._sampling.share(self._order, step)
+        self._sampling.rollouts.follow(policy)
+        if self._reference is not None:
+            self._reference.refresh(policy, step)
+        drawn = self._draw(numbers, step)
+        size = self._config.micro_batch
+        batches = [self._sequences(drawn[start : start + size]) for start in range(0, len(drawn), size)]
+        width = max(len(one.written.tokens) for one in drawn)
+        sampled = self._sampled(numbers, drawn, batches, width)
+        logged: dict[str, float] = {}
+
+        def loss(logits_NK: Tensor, logprob_NT: Tensor) -> Tensor:
+            return self.loss(sampled, logits_NK, logprob_NT, logged)
+
+        value = two_pass(lambda batch: read_outputs(policy, batch, width), batches, loss)
+        return {"loss": float(value), **logged}
+
+    def _draw(self, numbers: Sequence[int], step: int) -> list[Rollout]:
+        """G rollouts for both sides of each pair, in the order P, J, G."""
+        pairs = [self._pairs[number] for number in numbers]
+        sides = [side for pair in pairs for side in (pair.winner, pair.loser)]
+        found = self._collator.prompts(sides)
+        each = [prompts[pairs[at // 2].dimension] for at, prompts in enumerate(found)]
+        prompts = [prompt for prompt in each for _ in range(self._config.group)]
+        seeds = [
+            rollout_seed(self._sampling.seed, step, number, side, i)
+            for number in numbers
+            for side in range(2)
+            for i in range(self._config.group)
+        ]
+        return self._sampling.rollouts.draw(prompts, seeds)
+
+    def _sequences(self, rollouts: Sequence[Rollout]) -> OutputBatch:
+        return collate(self._collator, [(one.prompt, one.written) for one in rollouts])
+
+    def _sampled(
+        self, numbers: Sequence[int], drawn: Sequence[Rollout], batches: Sequence[OutputBatch], width: int
+    ) -> Sampled:
+        level_of = {token: at for at, token in enumerate(self._collator.builder.level_ids)}
+        text_N = torch.full((len(drawn),), float("nan"))
+        sampled_NT = torch.zeros(len(drawn), width)
+        for row, one in enumerate(drawn):
+            sampled_NT[row, : len(one.logprob_T)] = torch.from_numpy(one.logprob_T)
+            if one.written.score_at is not None:
+                text_N[row] = self._values_K[level_of[one.written.tokens[one.written.score_at]]]
+        reference = self._reference
+        return Sampled(
+            label_PJ=torch.tensor([self._pairs[number].labels for number in numbers]),
+            valid_N=~text_N.isnan(),
+            text_N=text_N,
+            sampled_NT=sampled_NT,
+            output_NT=torch.cat([at_left(batch.output_BT, batch, width) for batch in batches]),
+            score_NT=torch.cat([at_left(batch.score_BT, batch, width) for batch in batches]),
+            reference_NT=None if reference is None else torch.cat([reference(batch, width) for batch in batches]),
+        )
+
+    def loss(self, sampled: Sampled, logits_NK: Tensor, logprob_NT: Tensor, logged: dict[str, float]) -> Tensor:
+        """Eq. 4 with the reward of eq. 13; fills `logged`."""
+        config, device = self._config, logits_NK.device
+        shape = (*sampled.label_PJ.shape, config.group)
+        label_PJ, valid_PJG = sampled.label_PJ.to(device), sampled.valid_N.to(device).view(shape)
+        mu_PJG = losses.expected_score(logits_NK, self._values_K.to(device)).view(shape)
+        score_PJG = mu_PJG if config.reward_from == "distribution" else sampled.text_N.to(device).view(shape)
+        reward_PJG = losses.gdso_reward(
+            losses.pointwise_reward(score_PJG.detach(), label_PJ, self._range, valid_PJG),
+            losses.pairwise_reward(score_PJG.detach(), label_PJ, self._range, valid_PJG),
+            lambda_pt=config.lambda_pt,
+            lambda_pw=config.lambda_pw,
+        )
+        output_NT = sampled.output_NT.to(device)
+        counts_NT, weight_NT = output_NT, None
+        if config.preset == "stable":
+            counts_NT = output_NT & ~sampled.score_NT.to(device)
+            weight_NT = losses.importance_weights(logprob_NT, sampled.sampled_NT.to(device), config.most)
+        advantage_N = losses.group_advantages(reward_PJG).flatten()
+        total = losses.policy_gradient_loss(logprob_NT, advantage_N, counts_NT, weight_NT)
+        logged["reward"] = float(reward_PJG.mean())
+        logged["valid"] = float(valid_PJG.float().mean())
+        logged["output_tokens"] = float(output_NT.sum(-1).float().mean())
+        logged["drift"] = float(((logprob_NT.detach() - sampled.sampled_NT.to(device)).abs() * output_NT).max())
+        if sampled.reference_NT is not None:
+            divergence = losses.kl_penalty(logprob_NT, sampled.reference_NT, output_NT, config.estimator)
+            logged["kl"] = float(divergence.detach())
+            total = total + config.beta * divergence
+        return total + self.direct(logits_NK.view(*shape, -1), mu_PJG, label_PJ, valid_PJG, logged)
+
+    def direct(
+        self, logits_PJGK: Tensor, mu_PJG: Tensor, label_PJ: Tensor, valid_PJG: Tensor, logged: dict[str, float]
+    ) -> Tensor:
+        """Supervision besides the reward: none in GRPO."""
+        del mu_PJG, label_PJ, valid_PJG, logged
+        return logits_PJGK.new_zeros(())

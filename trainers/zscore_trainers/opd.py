@@ -1,0 +1,103 @@
+"""OPD, on-policy distillation (eqs. 18 and 19): the baseline that distils the teacher's words instead of its scores.
+
+The student writes, the teacher says how likely it finds each token, and the difference is the token's advantage. Two
+variants: with `live` the advantage is measured against the student as it is in this step, else (the paper's) against
+the student that wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from zscore_trainers import losses
+from zscore_trainers.rollouts import rollout_seed
+from zscore_trainers.sequences import at_left, collate, read_outputs, token_logprobs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from zscore_trainers.data import Order
+    from zscore_trainers.policy import ScorePolicy
+    from zscore_trainers.rollouts import Rollout, Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpdConfig:
+    """How much at a time."""
+
+    batch_size: int = 64
+    """Outputs a step, over all ranks."""
+    micro_batch: int = 8
+    """Sequences a forward pass."""
+    against: Literal["old", "live"] = "old"
+    """Whose log-probabilities the teacher's are compared with: the policy's that wrote, or the live one's."""
+    max_tokens: int = 1024
+
+
+class Opd:
+    """Gradients of eq. 19; see `zscore_trainers.engine.Algorithm`.
+
+    Args:
+        config: how.
+        order: over the questions: sample x dimension.
+        dimensions: of the rubric.
+        sampling: where outputs come from.
+        teacher: with the student's tokenizer; frozen.
+    """
+
+    def __init__(
+        self,
+        config: OpdConfig,
+        order: Order,
+        dimensions: int,
+        sampling: Sampling,
+        teacher: ScorePolicy,
+    ) -> None:
+        sampling.check(config.batch_size)
+        self._config = config
+        self._order = order
+        self._dimensions = dimensions
+        self._sampling = sampling
+        self._teacher = teacher.requires_grad_(requires_grad=False).eval()
+
+    def backward(self, policy: ScorePolicy, step: int) -> Mapping[str, float]:
+        """Roll out and add the gradients of one batch."""
+        numbers = self._sampling.share(self._order, step)
+        self._sampling.rollouts.follow(policy)
+        drawn = self._draw(numbers, step)
+        totals = torch.zeros(3, dtype=torch.float64)
+        for start in range(0, len(drawn), self._config.micro_batch):
+            some = drawn[start : start + self._config.micro_batch]
+            loss, advantage = self._loss(policy, some)
+            (loss * (len(some) / len(drawn))).backward()  # type: ignore[no-untyped-call]
+            valid = sum(one.written.score_at is not None for one in some)
+            totals += torch.tensor([float(loss.detach()) * len(some), advantage * len(some), valid])
+        loss_mean, advantage_mean, valid_share = (totals / len(drawn)).tolist()
+        return {"loss": loss_mean, "reverse_kl": -advantage_mean, "valid": valid_share}
+
+    def _draw(self, numbers: Sequence[int], step: int) -> list[Rollout]:
+        found = self._sampling.collator.prompts([number // self._dimensions for number in numbers])
+        prompts = [some[number % self._dimensions] for some, number in zip(found, numbers, strict=True)]
+        return self._sampling.rollouts.draw(
+            prompts, [rollout_seed(self._sampling.seed, step, number) for number in numbers]
+        )
+
+    def _loss(self, policy: ScorePolicy, some: Sequence[Rollout]) -> tuple[Tensor, float]:
+        batch = collate(self._sampling.collator, [(one.prompt, one.written) for one in some])
+        width = max(len(one.written.tokens) for one in some)
+        logprob_BT = read_outputs(policy, batch, width)[1]
+        output_BT = at_left(batch.output_BT, batch, width).to(logprob_BT.device)
+        theirs_BT = token_logprobs(self._teacher, batch, width)
+        mine_BT = logprob_BT.detach()
+        if self._config.against == "old":
+            mine_BT = torch.zeros_like(logprob_BT)
+            for row, one in enumerate(some):
+                mine_BT[row, : len(one.logprob_T)] = torch.from_numpy(one.logprob_T)
+        advantage_BT = losses.opd_advantages(theirs_BT, mine_BT)
+        mean = float((advantage_BT * output_BT).sum() / output_BT.sum())
+        return losses.opd_loss(logprob_BT, advantage_BT, output_BT), mean
