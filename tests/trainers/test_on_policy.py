@@ -53,18 +53,23 @@ def policy(model):
 
 
 class Replayed(Rollouts):
-    """Writes once, and the same ever after."""
+    """Writes once for each prompt, and the same ever after."""
 
     def __init__(self, rollouts):
-        self._rollouts, self._drawn = rollouts, None
+        self._rollouts, self._drawn = rollouts, {}
 
     def follow(self, policy):
-        if self._drawn is None:
+        if not self._drawn:
             self._rollouts.follow(policy)
 
     def draw(self, prompts, seeds):
-        self._drawn = self._drawn or self._rollouts.draw(prompts, seeds)
-        return self._drawn
+        if not self._drawn:
+            self._drawn = {self._key(one.prompt): one for one in self._rollouts.draw(prompts, seeds)}
+        return [self._drawn[self._key(prompt)] for prompt in prompts]
+
+    @staticmethod
+    def _key(prompt):
+        return prompt.token_ids, prompt.pixels.patches_NCPP.tobytes()
 
 
 def gradients(policy) -> torch.Tensor:
@@ -195,7 +200,7 @@ class TestGdso:
         wanted = {0: (4.0, 3.0), 1: (3.5, 2.5), 2: (5.0, 1.5), 3: (4.5, 2.0)}
         pairs = [Pair(dimension, 0, 1, labels) for dimension, labels in wanted.items()]
         algorithm = gdso(replace(sampling, rollouts=Replayed(sampling.rollouts)), pairs, micro_batch=16)
-        Engine(policy, algorithm, EngineConfig(steps=120, learning_rate=4e-3, warmup=10), tmp_path).run()
+        Engine(policy, algorithm, EngineConfig(steps=50, learning_rate=1e-3, warmup=10), tmp_path).run()
         batch = algorithm._sequences(algorithm._draw([0, 1, 2, 3], 0))
         with torch.no_grad():
             mu_N = policy(batch.policy).score_logits_BDK[:, 0].softmax(-1) @ torch.tensor(RUBRIC.values)
