@@ -190,8 +190,9 @@ class Engine:
             shutil.rmtree(folder, ignore_errors=True)
         parallel.wait()
         model, optimizer = get_state_dict(self._policy, self._optimizer)
+        state = {"model": model, "optimizer": optimizer, **self._reference()}
         with _unwarned():
-            state_dict_saver.save({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+            state_dict_saver.save(state, checkpoint_id=folder)
         if parallel.rank() == 0:  # save returns where all ranks have written
             (folder / DONE).write_text(json.dumps({"step": self.step, "settings": self._settings}))
             for other in folder.parent.iterdir():
@@ -212,13 +213,19 @@ class Engine:
         about = json.loads((folders[-1] / DONE).read_text())
         _check_same(about["settings"], self._settings, str(folders[-1]))
         model, optimizer = get_state_dict(self._policy, self._optimizer)
+        state = {"model": model, "optimizer": optimizer, **self._reference()}
         with _unwarned():
-            state_dict_loader.load({"model": model, "optimizer": optimizer}, checkpoint_id=folders[-1])
+            state_dict_loader.load(state, checkpoint_id=folders[-1])  # a reference's own tensors are filled in place
         set_state_dict(self._policy, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
         self.step = int(about["step"])
         for step, found in _logged(self._out / "log.jsonl", self.step).items():
             self._guard.see(step, found)
         return True
+
+    def _reference(self) -> dict[str, Any]:
+        """Weights that the algorithm holds on to besides the policy's."""
+        reference = getattr(self._algorithm, "reference", None)
+        return {} if reference is None else {"reference": reference.frozen.state_dict()}
 
     def _whole(self) -> list[Path]:
         return sorted(path.parent for path in (self._out / "checkpoints").glob(f"step-*/{DONE}"))

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from zscore.errors import UsageError
 from zscore_trainers import losses
-from zscore_trainers.rollouts import rollout_seed
+from zscore_trainers.rollouts import check_one_of, rollout_seed
 from zscore_trainers.sequences import at_left, collate, read_outputs
 from zscore_trainers.two_pass import two_pass
 
@@ -63,6 +64,22 @@ class GrpoConfig:
     """Largest importance weight of the stable preset."""
     max_tokens: int = 1024
     """Longest output."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that can't be meant.
+
+        Raises:
+            UsageError: names the setting.
+        """
+        known = {
+            "estimator": ("k1", "k2", "k3"),
+            "reward_from": ("distribution", "text"),
+            "preset": ("stable", "paper"),
+        }
+        for name, values in known.items():
+            check_one_of(name, getattr(self, name), values)
+        if self.group < 2:
+            raise UsageError(f"group is {self.group}: at least 2, for an output is measured against its group")
 
 
 class Sampled(NamedTuple):
@@ -107,18 +124,18 @@ class Grpo:
         self._config = config
         self._order = order
         self._pairs = pairs
-        self._sampling = sampling
+        self.sampling = sampling
         self._collator = sampling.collator
         self._values_K = torch.tensor(sampling.values)
         self._range = float(sampling.values[-1] - sampling.values[0])
-        self._reference = reference
+        self.reference = reference
 
     def backward(self, policy: ScorePolicy, step: int) -> Mapping[str, float]:
         """Roll out, score, and add the gradients of one batch of pairs."""
-        numbers = self._sampling.share(self._order, step)
-        self._sampling.rollouts.follow(policy)
-        if self._reference is not None:
-            self._reference.refresh(policy, step)
+        numbers = self.sampling.share(self._order, step)
+        self.sampling.rollouts.follow(policy)
+        if self.reference is not None:
+            self.reference.refresh(policy, step)
         drawn = self._draw(numbers, step)
         size = self._config.micro_batch
         batches = [self._sequences(drawn[start : start + size]) for start in range(0, len(drawn), size)]
@@ -140,12 +157,12 @@ class Grpo:
         each = [prompts[pairs[at // 2].dimension] for at, prompts in enumerate(found)]
         prompts = [prompt for prompt in each for _ in range(self._config.group)]
         seeds = [
-            rollout_seed(self._sampling.seed, step, number, side, i)
+            rollout_seed(self.sampling.seed, step, number, side, i)
             for number in numbers
             for side in range(2)
             for i in range(self._config.group)
         ]
-        return self._sampling.rollouts.draw(prompts, seeds)
+        return self.sampling.rollouts.draw(prompts, seeds)
 
     def _sequences(self, rollouts: Sequence[Rollout]) -> OutputBatch:
         return collate(self._collator, [(one.prompt, one.written) for one in rollouts])
@@ -160,7 +177,7 @@ class Grpo:
             sampled_NT[row, : len(one.logprob_T)] = torch.from_numpy(one.logprob_T)
             if one.written.score_at is not None:
                 text_N[row] = self._values_K[level_of[one.written.tokens[one.written.score_at]]]
-        reference = self._reference
+        reference = self.reference
         return Sampled(
             label_PJ=torch.tensor([self._pairs[number].labels for number in numbers]),
             valid_N=~text_N.isnan(),

@@ -15,15 +15,17 @@ from scipy import stats
 
 from zscore.agreement import accuracies, count_pairs
 from zscore_trainers import parallel
+from zscore_trainers.rollouts import rollout_seed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from zscore.records import Sample
+    from zscore.records import EnginePrompt, Sample
     from zscore_trainers.data import Collator
     from zscore_trainers.policy import ScorePolicy
+    from zscore_trainers.rollouts import Rollouts
 
 
 def is_held_out(prompt: str, share: float) -> bool:
@@ -37,7 +39,8 @@ class HeldOut:
 
     def __init__(self, collate: Collator, names: Sequence[str], values: Sequence[float], batch: int) -> None:
         self._collate = collate
-        self._names = names
+        self.names = names
+        self.values = values
         self._values = torch.tensor(values)
         self._batch = batch
         train = collate.train
@@ -45,12 +48,19 @@ class HeldOut:
         groups: dict[str, int] = {}
         self._group_N = np.array([groups.setdefault(_group(sample), len(groups)) for sample in train.samples])
 
+    def prompts(self) -> list[list[EnginePrompt]]:
+        """Of all samples."""
+        return self._collate.prompts(range(len(self._group_N)))
+
     @torch.no_grad()
     def __call__(self, policy: ScorePolicy) -> Mapping[str, float]:
         """PLCC and pair accuracy (HPA) of each dimension and of their mean; on all ranks, which share the work."""
-        mu_ND = self._means(policy)
+        return self.agreement(self._means(policy))
+
+    def agreement(self, mu_ND: NDArray[np.float32]) -> Mapping[str, float]:
+        """Of expected scores with the targets'."""
         result = {}
-        for column, name in enumerate((*self._names, "overall")):
+        for column, name in enumerate((*self.names, "overall")):
             mine, wanted = (_column(values, column) for values in (mu_ND, self._wanted_ND))
             if np.ptp(mine) > 0 and np.ptp(wanted) > 0:
                 result[f"plcc_{name}"] = float(stats.pearsonr(mine, wanted).statistic)
@@ -67,7 +77,7 @@ class HeldOut:
         """
         device = next(policy.parameters()).device
         count, ranks = len(self._group_N), parallel.ranks()
-        mu_ND = torch.zeros(count, len(self._names))
+        mu_ND = torch.zeros(count, len(self.names))
         batches = -(-count // self._batch)
         for turn in range(-(-batches // ranks)):
             number = turn * ranks + parallel.rank()
@@ -76,8 +86,30 @@ class HeldOut:
             batch, _ = self._collate(range(start, end))
             probs_BDK = policy(batch.to(device), with_logprobs=False).score_logits_BDK.softmax(-1)
             if number < batches:
-                mu_ND[start:end] = (probs_BDK.cpu() @ self._values).reshape(-1, len(self._names))
+                mu_ND[start:end] = (probs_BDK.cpu() @ self._values).reshape(-1, len(self.names))
         return parallel.summed(mu_ND).numpy()
+
+
+class HeldOutReasoning:
+    """The same for a policy that reasons: one rollout a picture and dimension, with the same seeds every time.
+
+    An output without a score counts as the middle of the scale, which orders nothing.
+    """
+
+    def __init__(self, direct: HeldOut, rollouts: Rollouts) -> None:
+        self._direct = direct
+        self._rollouts = rollouts
+
+    def __call__(self, policy: ScorePolicy) -> Mapping[str, float]:
+        """PLCC, pair accuracy and the share of outputs with a score."""
+        values_K = np.asarray(self._direct.values)
+        prompts = [one for found in self._direct.prompts() for one in found]
+        self._rollouts.follow(policy)
+        drawn = self._rollouts.draw(prompts, [rollout_seed(number) for number in range(len(prompts))])
+        middle = float(values_K[[0, -1]].mean())
+        mu_N = [middle if one.probs_K is None else float(one.probs_K @ values_K) for one in drawn]
+        found = dict(self._direct.agreement(np.asarray(mu_N, np.float32).reshape(-1, len(self._direct.names))))
+        return {**found, "held_out_valid": float(np.mean([one.probs_K is not None for one in drawn]))}
 
 
 def _group(sample: Sample) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from zscore_trainers import losses
-from zscore_trainers.rollouts import rollout_seed
+from zscore_trainers.rollouts import check_one_of, rollout_seed
 from zscore_trainers.sequences import at_left, collate, read_outputs, token_logprobs
 
 if TYPE_CHECKING:
@@ -37,6 +37,14 @@ class OpdConfig:
     against: Literal["old", "live"] = "old"
     """Whose log-probabilities the teacher's are compared with: the policy's that wrote, or the live one's."""
     max_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        """Refuse a variant that there isn't.
+
+        Raises:
+            UsageError: names the setting.
+        """
+        check_one_of("against", self.against, ("old", "live"))
 
 
 class Opd:
@@ -62,13 +70,13 @@ class Opd:
         self._config = config
         self._order = order
         self._dimensions = dimensions
-        self._sampling = sampling
+        self.sampling = sampling
         self._teacher = teacher.requires_grad_(requires_grad=False).eval()
 
     def backward(self, policy: ScorePolicy, step: int) -> Mapping[str, float]:
         """Roll out and add the gradients of one batch."""
-        numbers = self._sampling.share(self._order, step)
-        self._sampling.rollouts.follow(policy)
+        numbers = self.sampling.share(self._order, step)
+        self.sampling.rollouts.follow(policy)
         drawn = self._draw(numbers, step)
         totals = torch.zeros(3, dtype=torch.float64)
         for start in range(0, len(drawn), self._config.micro_batch):
@@ -81,14 +89,14 @@ class Opd:
         return {"loss": loss_mean, "reverse_kl": -advantage_mean, "valid": valid_share}
 
     def _draw(self, numbers: Sequence[int], step: int) -> list[Rollout]:
-        found = self._sampling.collator.prompts([number // self._dimensions for number in numbers])
+        found = self.sampling.collator.prompts([number // self._dimensions for number in numbers])
         prompts = [some[number % self._dimensions] for some, number in zip(found, numbers, strict=True)]
-        return self._sampling.rollouts.draw(
-            prompts, [rollout_seed(self._sampling.seed, step, number) for number in numbers]
+        return self.sampling.rollouts.draw(
+            prompts, [rollout_seed(self.sampling.seed, step, number) for number in numbers]
         )
 
     def _loss(self, policy: ScorePolicy, some: Sequence[Rollout]) -> tuple[Tensor, float]:
-        batch = collate(self._sampling.collator, [(one.prompt, one.written) for one in some])
+        batch = collate(self.sampling.collator, [(one.prompt, one.written) for one in some])
         width = max(len(one.written.tokens) for one in some)
         logprob_BT = read_outputs(policy, batch, width)[1]
         output_BT = at_left(batch.output_BT, batch, width).to(logprob_BT.device)

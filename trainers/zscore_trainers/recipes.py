@@ -8,14 +8,17 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 from zscore.errors import UsageError
+from zscore_trainers.algorithms import ALGORITHMS, chosen
 from zscore_trainers.engine import EngineConfig
 from zscore_trainers.lora import MODULES
 from zscore_trainers.risd import RisdConfig
+from zscore_trainers.rollouts import check_one_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from zscore.rubrics.rubric import Layout
+    from zscore_trainers.algorithms import AlgorithmConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +42,17 @@ class Recipe:
     lora_modules: tuple[str, ...] = MODULES
     """Linear layers that get one, by the last part of their names."""
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(steps=1000))
-    algorithm: RisdConfig = field(default_factory=RisdConfig)
+    algorithm: AlgorithmConfig = field(default_factory=RisdConfig)
+    rollouts: Literal["transformers", "vllm"] = "transformers"
+    """What writes the policy's outputs, for algorithms that learn from them."""
 
     def __post_init__(self) -> None:
-        """Refuse a rank that can't be meant.
+        """Refuse what can't be meant.
 
         Raises:
             UsageError: names the setting.
         """
+        check_one_of("rollouts", self.rollouts, ("transformers", "vllm"))
         if self.lora_rank < 0:
             raise UsageError(f"lora_rank is {self.lora_rank}: 0 trains all weights, 16 is usual")
 
@@ -90,7 +96,31 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
+def for_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
+    """The recipe with the settings and the layout of another algorithm; batches as the algorithm has them by itself.
+
+    A small picture is cheap to write about: outputs of the tiny recipe are short, its micro-batches large.
+    """
+    choice = ALGORITHMS[algorithm]
+    if isinstance(recipe.algorithm, choice.config):
+        return recipe
+    own = choice.config()
+    changes: dict[str, Any] = {"micro_batch": max(own.micro_batch if recipe.rubric == "shapes" else 2, 2)}
+    if recipe.rubric == "shapes" and "max_tokens" in settings_of(own):
+        changes |= {"max_tokens": 64, "micro_batch": 64}
+    return dataclasses.replace(
+        recipe,
+        layout="reasoning" if choice.reasons else recipe.layout,
+        algorithm=dataclasses.replace(own, **changes),
+    )
+
+
+def settings_of(config: Any) -> set[str]:
+    """Names of a part's settings."""
+    return {each.name for each in dataclasses.fields(config)}
+
+
+def load_recipe(name: str, changes: Sequence[str] = (), algorithm: str = "risd") -> Recipe:
     """A recipe with changes like `steps=500` or `layout=separate`.
 
     Raises:
@@ -98,7 +128,8 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     """
     if name not in RECIPES:
         raise UsageError(f"no recipe is called '{name}': {_near(name, RECIPES)}")
-    recipe = RECIPES[name]()
+    chosen(algorithm)
+    recipe = for_algorithm(RECIPES[name](), algorithm)
     for change in changes:
         key, sign, value = change.partition("=")
         if not sign:

@@ -15,10 +15,21 @@ from zscore_trainers.losses import label_targets
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from zscore.records import Sample
     from zscore.rubrics.rubric import Rubric
 
-    Targets = dict[tuple[str, int], NDArray[np.float32]]
+
+class Targets(dict[tuple[str, int], "NDArray[np.float32]"]):
     """(shard, index) → distributions, (D, K)."""
+
+    def __contains__(self, sample: object) -> bool:
+        """Whether there is a target for a sample, or for a (shard, index)."""
+        key = sample if isinstance(sample, tuple) else (sample.shard, sample.index)  # type: ignore[attr-defined]
+        return super().__contains__(key)
+
+    def target(self, sample: Sample) -> NDArray[np.float32]:
+        """Of a sample."""
+        return self[sample.shard, sample.index]
 
 
 def read_targets(source: str, rubric: Rubric, split: str = "train") -> Targets:
@@ -74,6 +85,6 @@ def _from_scores(source: str, rubric: Rubric) -> Targets:
 
 def _keyed(frame: pl.DataFrame, targets_NDK: NDArray[np.float64]) -> Targets:
     places = zip(frame["shard"].cast(pl.String).to_list(), frame["index"].to_list(), strict=True)
-    return {
-        (shard, int(index)): one.astype(np.float32) for (shard, index), one in zip(places, targets_NDK, strict=True)
-    }
+    return Targets(
+        ((shard, int(index)), one.astype(np.float32)) for (shard, index), one in zip(places, targets_NDK, strict=True)
+    )

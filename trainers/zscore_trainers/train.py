@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,15 +26,17 @@ from zscore.rubrics.rubric import load_rubric
 from zscore.shards import expand
 from zscore.templates import PromptBuilder
 from zscore_trainers import parallel
-from zscore_trainers.data import Collator, Order, TrainSet
+from zscore_trainers.algorithms import Setup, chosen
+from zscore_trainers.data import Collator, TrainSet
 from zscore_trainers.engine import Engine, deciding
 from zscore_trainers.export import export
-from zscore_trainers.held_out import HeldOut, is_held_out
+from zscore_trainers.held_out import HeldOut, HeldOutReasoning, is_held_out
 from zscore_trainers.lora import add_adapters
 from zscore_trainers.pictures import PictureFile, collect
 from zscore_trainers.policy import ScorePolicy
-from zscore_trainers.risd import Risd
+from zscore_trainers.recipes import for_algorithm
 from zscore_trainers.targets import read_targets
+from zscore_trainers.told import read_told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,12 +45,11 @@ if TYPE_CHECKING:
     from zscore.checkpoint import Checkpoint
     from zscore.records import Sample
     from zscore.rubrics.rubric import Rubric
+    from zscore_trainers.engine import Algorithm
     from zscore_trainers.pictures import Place
     from zscore_trainers.recipes import Recipe
     from zscore_trainers.targets import Targets
-
-ALGORITHMS = ("sft", "risd")
-"""Both learn distributions at the probes; sft's are people's labels, risd's a teacher's."""
+    from zscore_trainers.told import ToldTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +58,14 @@ class TrainOptions:
 
     algorithm: str
     data: str
-    """Annotations (sft) or a teacher's scores (risd)."""
+    """What the algorithm learns from (`zscore_trainers.algorithms`)."""
     shards: tuple[str, ...]
     model: str
     """Checkpoint to start from: folder or hub id."""
     out: Path
     resume: bool = False
+    teacher: str | None = None
+    """Checkpoint of opd's teacher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +100,12 @@ def train(
         UsageError, TableError, ModelError: an argument, the data or the checkpoint can't be used; one line each.
         HedgingError: training figures improve while held-out agreement falls.
     """
-    if options.algorithm not in ALGORITHMS:
-        raise UsageError(f"no algorithm is called '{options.algorithm}': there are {', '.join(ALGORITHMS)}")
+    choice = chosen(options.algorithm)
+    if not isinstance(recipe.algorithm, choice.config):
+        recipe = for_algorithm(recipe, options.algorithm)
     checkpoint = read_checkpoint(options.model)
     rubric = load_rubric(recipe.rubric)
-    targets = read_targets(options.data, rubric)
+    targets = (read_told if options.algorithm == "rewarddance" else read_targets)(options.data, rubric)
     builder = PromptBuilder(
         checkpoint.path, rubric, recipe.layout, merge=checkpoint.merge, max_tokens=min(checkpoint.max_tokens, 16_384)
     )
@@ -113,17 +118,43 @@ def train(
         policy = _policy(checkpoint, builder, recipe, device)
         with closing(PictureFile(options.out / "pictures.bin")) as pictures:
             collators = _collators(data, pictures, checkpoint, builder, recipe)
-            evaluate = _held_out(collators, rubric, recipe)
             settings = _settings(options, recipe, rubric, collators)
-            engine = Engine(policy, _algorithm(recipe, collators[0]), recipe.engine, options.out, settings)
+            load = partial(_other_policy, checkpoint, builder, recipe, device)
+            algorithm = choice.make(_setup(options, recipe, collators[0], targets, load))
+            evaluate = _held_out(collators, rubric, recipe, algorithm)
+            engine = Engine(policy, algorithm, recipe.engine, options.out, settings)
             if options.resume:
                 engine.resume()
             engine.run(on_step, evaluate)
             metrics = _final(policy, evaluate)
+            _release(algorithm)
         said = f"{options.algorithm} on {len(data.train.samples):,} samples for {engine.step:,} steps"
         model = export(policy, checkpoint.path, options.out / "model", recipe, trained=said)
     held_out = len(data.held_out.samples) if data.held_out else 0
     return Trained(model, engine.step, len(data.train.samples), held_out, data.left_out, metrics)
+
+
+def _setup(
+    options: TrainOptions,
+    recipe: Recipe,
+    collator: Collator,
+    targets: Targets | ToldTable,
+    load: Callable[[str | None], ScorePolicy],
+) -> Setup:
+    return Setup(
+        config=recipe.algorithm,
+        collator=collator,
+        rubric=load_rubric(recipe.rubric),
+        data=targets,
+        model=read_checkpoint(options.model).path,
+        load=load,
+        teacher=options.teacher,
+        generator=recipe.rollouts,
+        dtype=recipe.dtype,
+        seed=recipe.seed,
+        rank=parallel.rank(),
+        ranks=parallel.ranks(),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +182,10 @@ def _prepare_folder(options: TrainOptions) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
 
 
-def _read_data(options: TrainOptions, recipe: Recipe, targets: Targets) -> _Data:
+def _read_data(options: TrainOptions, recipe: Recipe, targets: Targets | ToldTable) -> _Data:
     """Copy the pictures, and share the samples out between training and evaluation."""
-
-    def wants(sample: Sample) -> bool:
-        return (sample.shard, sample.index) in targets
-
     _prepare_folder(options)
-    found = collect(expand(options.shards), options.out / "pictures.bin", wants)
+    found = collect(expand(options.shards), options.out / "pictures.bin", targets.__contains__)
     good = [(sample, place) for sample, place in found if sample.failure is None]
     if not good:
         raise UsageError(f"none of the {len(targets):,} samples of {options.data} is in the shards: are they the same?")
@@ -169,11 +196,9 @@ def _read_data(options: TrainOptions, recipe: Recipe, targets: Targets) -> _Data
     return _Data(_train_set(rest, targets), _train_set(held, targets) if held else None, len(targets) - len(good))
 
 
-def _train_set(pairs: Sequence[tuple[Sample, Place]], targets: Targets) -> TrainSet:
+def _train_set(pairs: Sequence[tuple[Sample, Place]], targets: Targets | ToldTable) -> TrainSet:
     samples = [sample for sample, _ in pairs]
-    return TrainSet(
-        samples, [place for _, place in pairs], np.stack([targets[sample.shard, sample.index] for sample in samples])
-    )
+    return TrainSet(samples, [place for _, place in pairs], np.stack([targets.target(sample) for sample in samples]))
 
 
 def _collators(
@@ -190,15 +215,17 @@ def _collators(
     ]
 
 
-def _held_out(collators: Sequence[Collator], rubric: Rubric, recipe: Recipe) -> HeldOut | None:
+def _held_out(
+    collators: Sequence[Collator], rubric: Rubric, recipe: Recipe, algorithm: Algorithm
+) -> Callable[[ScorePolicy], Mapping[str, float]] | None:
+    """What evaluates on the held-out prompts; a policy that reasons needs the algorithm's rollouts for it."""
     if len(collators) == 1:
         return None
-    return HeldOut(collators[1], rubric.names, rubric.values, recipe.algorithm.micro_batch)
-
-
-def _algorithm(recipe: Recipe, collate: Collator) -> Risd:
-    order = Order(len(collate.train.samples), recipe.algorithm.batch_size, recipe.seed)
-    return Risd(recipe.algorithm, order, collate, rank=parallel.rank(), ranks=parallel.ranks())
+    direct = HeldOut(collators[1], rubric.names, rubric.values, recipe.algorithm.micro_batch)
+    if recipe.layout != "reasoning":
+        return direct
+    sampling = getattr(algorithm, "sampling", None)
+    return None if sampling is None else HeldOutReasoning(direct, sampling.rollouts)
 
 
 def _policy(checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe, device: torch.device) -> ScorePolicy:
@@ -236,6 +263,20 @@ def _policy(checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe, devi
     return policy
 
 
+def _other_policy(
+    checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe, device: torch.device, name: str | None
+) -> ScorePolicy:
+    """Of another checkpoint, or of the same once more."""
+    return _policy(checkpoint if name is None else read_checkpoint(name), builder, recipe, device)
+
+
+def _release(algorithm: Algorithm) -> None:
+    """Free what wrote the rollouts."""
+    sampling = getattr(algorithm, "sampling", None)
+    if sampling is not None:
+        sampling.rollouts.close()
+
+
 def _settings(
     options: TrainOptions, recipe: Recipe, rubric: Rubric, collators: Sequence[Collator]
 ) -> Mapping[str, Any]:
@@ -253,7 +294,7 @@ def _settings(
     }
 
 
-def _final(policy: ScorePolicy, evaluate: HeldOut | None) -> Mapping[str, float]:
+def _final(policy: ScorePolicy, evaluate: Callable[[ScorePolicy], Mapping[str, float]] | None) -> Mapping[str, float]:
     if evaluate is None:
         return {}
     policy.eval()

@@ -15,12 +15,10 @@ if TYPE_CHECKING:
 
 def train(
     algorithm: Annotated[
-        str, typer.Argument(metavar="ALGORITHM", help="sft (people's labels) or risd (a teacher's distributions).")
+        str, typer.Argument(metavar="ALGORITHM", help="sft, risd, rewarddance, grpo, gdso or opd: see below.")
     ],
     shards: Annotated[list[str], typer.Argument(metavar="SHARDS...", help="Shards with the pictures.")],
-    data: Annotated[
-        str, typer.Option(help="sft: annotations.parquet; risd: the teacher's scores.parquet.", metavar="TABLE")
-    ],
+    data: Annotated[str, typer.Option(help="What to learn from: see below.", metavar="TABLE")],
     model: Annotated[str, typer.Option(help="Checkpoint to start from: a folder or a hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
     recipe: Annotated[
@@ -29,13 +27,21 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
     ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Checkpoint of opd's teacher.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run takes of 8, 16 and 32 GPUs' memory, and stop.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
 ) -> None:
-    """Train a student that gives score distributions at once, in the layout that it is served in.
+    """Train a student that gives score distributions at once, or a teacher that reasons first.
+
+    \b
+      sft          annotations.parquet     students: labels of people
+      risd         scores.parquet          students: a teacher's distributions (paper, algorithm 2)
+      rewarddance  reasoning.jsonl         teachers: reasonings that are given
+      grpo, gdso   annotations.parquet     teachers: their own reasonings, rewarded (gdso: algorithm 1)
+      opd          any of the two tables   students that reason: the words of --teacher
 
     \b
     Examples:
@@ -60,13 +66,15 @@ def train(
     from zscore_trainers.train import train as run
 
     console = Console(stderr=True)
-    chosen = load_recipe(recipe, changes or [])
+    chosen = load_recipe(recipe, changes or [], algorithm)
     if dry_run:
         from zscore_trainers.budget import plan
 
         typer.echo(plan(chosen, recipe, model))
         return
-    options = TrainOptions(algorithm=algorithm, data=data, shards=tuple(shards), model=model, out=out, resume=resume)
+    options = TrainOptions(
+        algorithm=algorithm, data=data, shards=tuple(shards), model=model, out=out, resume=resume, teacher=teacher
+    )
     show = None if quiet else _shown(console, chosen.engine.steps)
     made = run(options, chosen, show, None if quiet else lambda some, held: console.print(_about(some, held)))
     if rank():  # the first process says it

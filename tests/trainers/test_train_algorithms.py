@@ -1,0 +1,190 @@
+"""`zscore train` with the algorithms that reason, from a model that can: what they read, what they make, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.command import zscore
+from tests.trainers import world_set
+from zscore.errors import TableError, UsageError
+from zscore.shards import expand
+from zscore_trainers.algorithms import ALGORITHMS
+from zscore_trainers.annotations import BuildOptions, build, write
+from zscore_trainers.gdso import GdsoConfig
+from zscore_trainers.grpo import GrpoConfig
+from zscore_trainers.recipes import RECIPES, load_recipe, settings
+from zscore_trainers.told import read_told
+from zscore_trainers.train import TrainOptions, train
+from zscore_trainers.world.shards import WorldOptions, write_world
+
+RUBRIC = world_set.RUBRIC
+FAST = ("steps=2", "batch_size=2", "micro_batch=8", "save_every=1", "evaluate_every=2", "held_out=0.3", "warmup=1")
+ROLLOUTS = {
+    "grpo": ("group=2", "max_tokens=40", "reference_every=2"),
+    "gdso": ("group=2", "max_tokens=40", "reference_every=2"),
+    "opd": ("max_tokens=40",),
+    "rewarddance": (),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    from zscore.human import read_table
+
+    root = tmp_path_factory.mktemp("algorithms")
+    write_world(root / "world", WorldOptions(prompts=6, candidates=2, raters=3))
+    ratings = read_table(str(root / "world" / "ratings.csv"), {}, RUBRIC.names)
+    options = BuildOptions(values=RUBRIC.values, min_agreement=-1, test_share=0.0)
+    write(build(ratings, expand([str(root / "world")]), options), root / "annotated")
+    return root
+
+
+def options(world, talker, out, algorithm, **changes):
+    table = "world/reasoning.jsonl" if algorithm == "rewarddance" else "annotated/annotations.parquet"
+    chosen = {
+        "algorithm": algorithm,
+        "data": str(world / table),
+        "shards": (str(world / "world"),),
+        "model": str(talker),
+        "out": out,
+        "teacher": str(talker) if algorithm == "opd" else None,
+    }
+    return TrainOptions(**(chosen | changes))
+
+
+def recipe(algorithm, *more):
+    return load_recipe("tiny", (*FAST, *ROLLOUTS[algorithm], *more), algorithm)
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+class TestRuns:
+    @pytest.mark.parametrize("algorithm", ROLLOUTS)
+    def test_a_short_run(self, world, talker, tmp_path, algorithm):
+        made = train(options(world, talker, tmp_path / "run", algorithm), recipe(algorithm))
+        assert made.steps == 2
+        logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+        assert all(row["loss"] == row["loss"] for row in logged)
+        about = json.loads((made.model / "zscore.json").read_text())
+        assert about["layout"] == "reasoning"
+        before = load_file(talker / "model.safetensors")
+        assert any(not torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
+        if algorithm != "rewarddance":
+            assert 0 <= made.metrics["held_out_valid"] <= 1
+            assert {"valid", "loss"} <= set(logged[0])
+
+    def test_goes_on_as_if_it_hadnt_been_stopped(self, world, talker, tmp_path):
+        """In the middle between two refreshes of the reference."""
+        more = ("steps=3", "beta=0.5", "reference_every=3")
+        whole = train(options(world, talker, tmp_path / "whole", "gdso"), recipe("gdso", *more))
+
+        def stop(step, _):
+            if step == 2:
+                raise KeyboardInterrupt
+
+        cut = options(world, talker, tmp_path / "cut", "gdso")
+        with pytest.raises(KeyboardInterrupt):
+            train(cut, recipe("gdso", *more), stop)
+        again = train(dataclasses.replace(cut, resume=True), recipe("gdso", *more))
+        assert (again.steps, whole.steps) == (3, 3)
+        wanted, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+        assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+    def test_the_command(self, world, talker, tmp_path):
+        changes = [part for change in (*FAST, *ROLLOUTS["gdso"]) for part in ("--set", change)]
+        code, out, errors = zscore(
+            *("train", "gdso", world / "world", "--data", world / "annotated" / "annotations.parquet"),
+            *("--model", talker, "--out", tmp_path / "run", "--recipe", "tiny", *changes),
+        )
+        assert code == 0, errors
+        assert "held_out_valid" in out
+        code, _, errors = zscore(
+            *("score", world / "world", "--model", tmp_path / "run" / "model", "--engine", "transformers"),
+            *("--out", tmp_path / "s.parquet", "--max-output-tokens", 40, "--max-failed", 1, "--limit", 2),
+        )
+        assert code == 0, errors
+        assert "reasoning" in pl.read_parquet(tmp_path / "s.parquet").columns
+
+
+class TestRefusals:
+    def test_an_unknown_algorithm(self, world, talker, tmp_path):
+        with pytest.raises(UsageError, match="no algorithm is called 'ppo': there are sft, risd, rewarddance"):
+            train(options(world, talker, tmp_path / "run", "ppo"), load_recipe("tiny"))
+        with pytest.raises(UsageError, match="no algorithm is called 'ppo'"):
+            load_recipe("tiny", (), "ppo")
+
+    def test_opd_wants_a_teacher(self, world, talker, tmp_path):
+        with pytest.raises(UsageError, match="opd: --teacher names"):
+            train(options(world, talker, tmp_path / "run", "opd", teacher=None), recipe("opd"))
+
+    def test_pairs_want_candidates(self, world, talker, tmp_path):
+        table = pl.read_parquet(world / "annotated" / "annotations.parquet").unique("prompt", keep="first")
+        table.write_parquet(tmp_path / "a.parquet")
+        with pytest.raises(UsageError, match="at least two candidates"):
+            train(options(world, talker, tmp_path / "run", "gdso", data=str(tmp_path / "a.parquet")), recipe("gdso"))
+
+    @pytest.mark.parametrize(
+        ("line", "says"),
+        [
+            ("not json", "line 1: a JSON object"),
+            ('{"key": "a", "dimension": "charm", "reasoning": "x", "score": 3}', "line 1"),
+            ('{"key": "a", "dimension": "realism", "score": 3}', "'reasoning'"),
+            ('{"key": "a", "dimension": "realism", "reasoning": "x", "score": 7}', "outside 1 to 5"),
+            ("", "is empty"),
+        ],
+    )
+    def test_given_reasonings(self, tmp_path, line, says):
+        (tmp_path / "r.jsonl").write_text(line)
+        with pytest.raises(TableError, match=says):
+            read_told(str(tmp_path / "r.jsonl"), RUBRIC)
+
+    def test_two_reasonings_for_one_question(self, tmp_path):
+        line = '{"key": "a", "dimension": "realism", "reasoning": "x", "score": 3}\n'
+        (tmp_path / "r.jsonl").write_text(2 * line)
+        with pytest.raises(TableError, match="line 2: a has a reasoning on realism already"):
+            read_told(str(tmp_path / "r.jsonl"), RUBRIC)
+
+    def test_no_file(self):
+        with pytest.raises(TableError, match="nowhere.jsonl can't be read"):
+            read_told("nowhere.jsonl", RUBRIC)
+
+
+class TestRecipes:
+    @pytest.mark.parametrize(
+        ("algorithm", "change", "says"),
+        [
+            ("gdso", "preset=wild", "preset is 'wild': choose stable or paper"),
+            ("grpo", "reward_from=words", "reward_from is 'words': choose distribution or text"),
+            ("grpo", "estimator=k4", "estimator is 'k4': choose k1 or k2 or k3"),
+            ("grpo", "group=1", "group is 1: at least 2"),
+            ("opd", "against=new", "against is 'new': choose old or live"),
+            ("gdso", "rollouts=sglang", "rollouts is 'sglang': choose transformers or vllm"),
+            ("sft", "group=4", "no such setting"),
+        ],
+    )
+    def test_settings_that_cant_be_meant(self, algorithm, change, says):
+        with pytest.raises(UsageError, match=says):
+            load_recipe("tiny", [change], algorithm)
+
+    @pytest.mark.parametrize("name", RECIPES)
+    @pytest.mark.parametrize("algorithm", ALGORITHMS)
+    def test_every_recipe_knows_every_algorithm(self, name, algorithm):
+        found = load_recipe(name, (), algorithm)
+        assert isinstance(found.algorithm, ALGORITHMS[algorithm].config)
+        assert (found.layout == "reasoning") == ALGORITHMS[algorithm].reasons
+
+    def test_settings_of_the_algorithm(self):
+        found = load_recipe("tiny", ["alpha_pw=0.5", "beta=0", "group=4", "preset=paper"], "gdso")
+        assert found.algorithm == dataclasses.replace(
+            GdsoConfig(max_tokens=64, micro_batch=64), alpha_pw=0.5, beta=0.0, group=4, preset="paper"
+        )
+        assert "alpha_pw" not in settings(load_recipe("tiny", (), "grpo"))
+        assert type(load_recipe("tiny", (), "grpo").algorithm) is GrpoConfig
