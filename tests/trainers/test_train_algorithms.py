@@ -81,6 +81,15 @@ class TestRuns:
             assert 0 <= made.metrics["held_out_valid"] <= 1
             assert {"valid", "loss"} <= set(logged[0])
 
+    @pytest.mark.vllm
+    def test_rollouts_from_vllm(self, world, talker, tmp_path):
+        """With the trainer's float32 weights taken over by a bfloat16 engine, step by step."""
+        made = train(options(world, talker, tmp_path / "run", "gdso"), recipe("gdso", "rollouts=vllm", "beta=0"))
+        logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+        assert made.steps == 2
+        assert all(0 < row["drift"] < 3 for row in logged)
+        assert all(row["valid"] > 0 for row in logged)
+
     def test_goes_on_as_if_it_hadnt_been_stopped(self, world, talker, tmp_path):
         """In the middle between two refreshes of the reference."""
         more = ("steps=3", "beta=0.5", "reference_every=3")

@@ -77,7 +77,9 @@ class Setup:
         """
         if self.ranks > 1:
             raise UsageError("rollouts want the whole policy in one process: run this algorithm without torchrun")
-        config = GenerateConfig(max_tokens=self.config.max_tokens, dtype=self.dtype, batch_size=64)
+        # vLLM chooses for itself what its kernels can do; transformers follows the trainer.
+        dtype = self.dtype if self.generator == "transformers" else "auto"
+        config = GenerateConfig(max_tokens=self.config.max_tokens, dtype=dtype, batch_size=64)
         builder = self.collator.builder
         generator = open_generator(self.generator, self.model, self.rubric, builder, config)
         rollouts = Rollouts(generator, finder(self.rubric, builder.decode, builder.level_ids))
