@@ -30,7 +30,7 @@ def told_of(folder: Path, collator: Collator) -> list[Told]:
     told = []
     for line in (folder / "reasoning.jsonl").read_text().splitlines():
         said = json.loads(line)
-        written = given(collator, rubric, said["reasoning"], rubric.values.index(said["score"]))
+        written = given(collator.builder, rubric, said["reasoning"], rubric.values.index(said["score"]))
         told.append(Told(numbers[said["key"]], rubric.names.index(said["dimension"]), written))
     return told
 

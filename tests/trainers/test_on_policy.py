@@ -133,7 +133,7 @@ class TestRollouts:
         sampling.rollouts.follow(policy)
         after = sampling.rollouts.draw(prompts, [1, 2])
         assert np.abs(after[0].probs_K - before[0].probs_K).max() > 1e-4
-        batch = collate(sampling.collator, [(one.prompt, one.written) for one in after])
+        batch = collate(sampling.collator.pad, [(one.prompt, one.written) for one in after])
         with torch.no_grad():
             mine_BK = policy(batch.policy).score_logits_BDK[:, 0].softmax(-1).numpy()
         np.testing.assert_allclose([one.probs_K for one in after], mine_BK, atol=1e-4)
@@ -246,7 +246,7 @@ class TestOpd:
         prompts = [found[dimension] for found in sampling.collator.prompts([0, 1]) for dimension in range(4)]
         sampling.rollouts.follow(policy)
         written = sampling.rollouts.draw(prompts, range(8))
-        batch = collate(sampling.collator, [(one.prompt, one.written) for one in written])
+        batch = collate(sampling.collator.pad, [(one.prompt, one.written) for one in written])
         with torch.no_grad():
             policy.model.get_output_embeddings().weight.mul_(0.6)
         before = float(token_logprobs(policy, batch, LIMIT).mean())

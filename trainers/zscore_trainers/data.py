@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -78,6 +78,41 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
+class Padding:
+    """Makes sequences of prompts, their pictures scaled as the checkpoint's own processor does."""
+
+    mean_C: tuple[float, ...]
+    std_C: tuple[float, ...]
+    temporal: int
+    """Slices that a picture is repeated to (temporal_patch_size)."""
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Padding:
+        """That of a checkpoint."""
+        return cls(*read_normalization(checkpoint.path), temporal=2, dtype=dtype)
+
+    def __call__(self, prompts: Sequence[EnginePrompt]) -> PolicyBatch:
+        """Right-padded sequences; every prompt has as many probes."""
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        tokens_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask_BT = torch.zeros_like(tokens_BT)
+        for row, prompt in enumerate(prompts):
+            tokens_BT[row, : len(prompt.token_ids)] = torch.tensor(prompt.token_ids)
+            mask_BT[row, : len(prompt.token_ids)] = 1
+        patches_NCPP = torch.from_numpy(np.concatenate([prompt.pixels.patches_NCPP for prompt in prompts])).float()
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean_C, self.std_C))
+        scaled_NCPP = ((patches_NCPP / 255 - mean) / std).to(self.dtype)
+        return PolicyBatch(
+            tokens_BT=tokens_BT,
+            mask_BT=mask_BT,
+            pixels_NX=scaled_NCPP.unsqueeze(2).expand(-1, -1, self.temporal, -1, -1).flatten(1),
+            grid_B3=torch.tensor([(1, *prompt.pixels.grid) for prompt in prompts]),
+            probes_BD=torch.tensor([prompt.probes for prompt in prompts]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Collator:
     """Turns samples into padded sequences of the student's serving layout."""
 
@@ -85,11 +120,8 @@ class Collator:
     pictures: PictureFile
     builder: PromptBuilder
     pixels: PixelOptions
-    mean_C: tuple[float, ...]
-    std_C: tuple[float, ...]
-    temporal: int
-    """Slices that a picture is repeated to (temporal_patch_size)."""
-    dtype: torch.dtype = torch.float32
+    pad: Padding
+    """Prompts → sequences."""
 
     @classmethod
     def of(
@@ -99,11 +131,11 @@ class Collator:
         checkpoint: Checkpoint,
         builder: PromptBuilder,
         pixels: PixelOptions,
-        **options: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> Collator:
         """The collator that cuts and scales pictures as the checkpoint's own processor does."""
-        mean_C, std_C = read_normalization(checkpoint.path)
-        return cls(train, pictures, builder, pixels, mean_C, std_C, temporal=2, **options)
+        return cls(train, pictures, builder, pixels, Padding.of(checkpoint, dtype))
 
     def __call__(self, indices: Sequence[int]) -> tuple[PolicyBatch, torch.Tensor]:
         """Sequences of these samples and their targets, (B, probes, K).
@@ -134,22 +166,3 @@ class Collator:
                 f"sample {sample.index} ('{sample.key}') of {sample.shard}: {prompts.error}"
             )
         return prompts
-
-    def pad(self, prompts: Sequence[EnginePrompt]) -> PolicyBatch:
-        """Right-padded sequences; every prompt has as many probes."""
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        tokens_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask_BT = torch.zeros_like(tokens_BT)
-        for row, prompt in enumerate(prompts):
-            tokens_BT[row, : len(prompt.token_ids)] = torch.tensor(prompt.token_ids)
-            mask_BT[row, : len(prompt.token_ids)] = 1
-        patches_NCPP = torch.from_numpy(np.concatenate([prompt.pixels.patches_NCPP for prompt in prompts])).float()
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean_C, self.std_C))
-        scaled_NCPP = ((patches_NCPP / 255 - mean) / std).to(self.dtype)
-        return PolicyBatch(
-            tokens_BT=tokens_BT,
-            mask_BT=mask_BT,
-            pixels_NX=scaled_NCPP.unsqueeze(2).expand(-1, -1, self.temporal, -1, -1).flatten(1),
-            grid_B3=torch.tensor([(1, *prompt.pixels.grid) for prompt in prompts]),
-            probes_BD=torch.tensor([prompt.probes for prompt in prompts]),
-        )

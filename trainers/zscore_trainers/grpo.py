@@ -165,7 +165,7 @@ class Grpo:
         return self.sampling.rollouts.draw(prompts, seeds)
 
     def _sequences(self, rollouts: Sequence[Rollout]) -> OutputBatch:
-        return collate(self._collator, [(one.prompt, one.written) for one in rollouts])
+        return collate(self._collator.pad, [(one.prompt, one.written) for one in rollouts])
 
     def _sampled(
         self, numbers: Sequence[int], drawn: Sequence[Rollout], batches: Sequence[OutputBatch], width: int

@@ -96,7 +96,7 @@ class Opd:
         )
 
     def _loss(self, policy: ScorePolicy, some: Sequence[Rollout]) -> tuple[Tensor, float]:
-        batch = collate(self.sampling.collator, [(one.prompt, one.written) for one in some])
+        batch = collate(self.sampling.collator.pad, [(one.prompt, one.written) for one in some])
         width = max(len(one.written.tokens) for one in some)
         logprob_BT = read_outputs(policy, batch, width)[1]
         output_BT = at_left(batch.output_BT, batch, width).to(logprob_BT.device)

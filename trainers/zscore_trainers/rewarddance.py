@@ -69,7 +69,7 @@ class RewardDance:
             some = mine[start : start + self._config.micro_batch]
             prompts = self._collator.prompts([one.sample for one in some])
             pairs = [(found[one.dimension], one.written) for found, one in zip(prompts, some, strict=True)]
-            batch = collate(self._collator, pairs)
+            batch = collate(self._collator.pad, pairs)
             found = policy(batch.policy.to(device))
             output_BT = batch.output_BT.to(device)
             mean_B = (found.logprob_BT * output_BT).sum(-1) / output_BT.sum(-1)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from zscore.records import EnginePrompt
     from zscore.rubrics.rubric import Rubric
-    from zscore_trainers.data import Collator
+    from zscore.templates import PromptBuilder
+    from zscore_trainers.data import Padding
     from zscore_trainers.policy import PolicyBatch, ScorePolicy
 
 
@@ -48,9 +49,9 @@ def with_output(prompt: EnginePrompt, written: Written) -> EnginePrompt:
     return replace(prompt, token_ids=(*prompt.token_ids, *written.tokens), probes=(probe,))
 
 
-def collate(collator: Collator, pairs: Sequence[tuple[EnginePrompt, Written]]) -> OutputBatch:
+def collate(pad: Padding, pairs: Sequence[tuple[EnginePrompt, Written]]) -> OutputBatch:
     """Sequences of prompts with their outputs."""
-    batch = collator.pad([with_output(prompt, written) for prompt, written in pairs])
+    batch = pad([with_output(prompt, written) for prompt, written in pairs])
     output_BT = torch.zeros_like(batch.tokens_BT, dtype=torch.bool)
     score_BT = torch.zeros_like(output_BT)
     for row, (prompt, written) in enumerate(pairs):
@@ -61,10 +62,10 @@ def collate(collator: Collator, pairs: Sequence[tuple[EnginePrompt, Written]]) -
     return OutputBatch(batch, output_BT, score_BT)
 
 
-def given(collator: Collator, rubric: Rubric, reasoning: str, level: int) -> Written:
+def given(builder: PromptBuilder, rubric: Rubric, reasoning: str, level: int) -> Written:
     """An output as the model should write it: the reasoning, the marker, the level token."""
-    words = collator.builder.encode(f"{reasoning.strip()} {rubric.reasoning_marker}")
-    return Written((*words, collator.builder.level_ids[level]), len(words))
+    words = builder.encode(f"{reasoning.strip()} {rubric.reasoning_marker}")
+    return Written((*words, builder.level_ids[level]), len(words))
 
 
 def read_outputs(policy: ScorePolicy, batch: OutputBatch, width: int) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ class ToldTable:
     def outputs(self, collator: Collator) -> list[Told]:
         """What the policy is to write for the samples of a set."""
         return [
-            Told(number, dimension, given(collator, self._rubric, words.reasoning, words.level))
+            Told(number, dimension, given(collator.builder, self._rubric, words.reasoning, words.level))
             for number, sample in enumerate(collator.train.samples)
             for dimension, words in sorted((self._of(sample) or {}).items())
         ]

@@ -143,13 +143,22 @@ def _shapes(text: Mapping[str, Any], vision: Mapping[str, Any]) -> Iterator[tupl
     yield "model.language_model.norm.weight", (hidden,)
     if not text["tie_word_embeddings"]:
         yield "lm_head.weight", (vocab, hidden)
-    for i in range(text["num_hidden_layers"]):
-        full = (i + 1) % text["full_attention_interval"] == 0
+    for i, kind in enumerate(_layer_types(text)):
+        full = kind == "full_attention"
         parts = _attention_shapes(text) if full else _linear_attention_shapes(text)
         for name, shape in (*parts, *_mlp_shapes(text)):
             yield f"model.language_model.layers.{i}.{name}", shape
     for name, shape in _tower_shapes(vision):
         yield f"model.visual.{name}", shape
+
+
+def _layer_types(text: Mapping[str, Any]) -> list[str]:
+    """Of each layer, `linear_attention` or `full_attention`: as the config lists them, else full at each interval."""
+    every = text["full_attention_interval"]
+    kinds = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(text["num_hidden_layers"])]
+    listed: list[str] = text.get("layer_types") or kinds
+    assert len(listed) == text["num_hidden_layers"], f"{len(listed)} layer types for {len(kinds)} layers"
+    return listed
 
 
 def _attention_shapes(text: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

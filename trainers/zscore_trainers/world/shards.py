@@ -60,11 +60,12 @@ def draw_groups(options: WorldOptions) -> Iterator[list[Scene]]:
     """Candidates of one prompt after the other, without end; `options.prompts` doesn't count here."""
     for number in range(1 << 60):
         rng = random.Random(f"{options.seed} {number}")  # noqa: S311 - drawings, not secrets
-        asked = _prompt_of(options.split, rng)
+        asked = prompt_of(options.split, rng)
         yield [draw_scene(asked, rng) for _ in range(options.candidates)]
 
 
-def _prompt_of(split: Split, rng: random.Random) -> tuple[Thing, ...]:
+def prompt_of(split: Split, rng: random.Random) -> tuple[Thing, ...]:
+    """A prompt of a split."""
     while True:
         asked = draw_prompt(rng)
         if split_of(" and ".join(map(str, asked))) == split:
