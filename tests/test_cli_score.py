@@ -88,6 +88,7 @@ def test_dry_run_says_what_the_output_would_go_through(folder, tmp_path):
         (("score", "in", "--reasoning", "--samples", "0"), 2, "--samples 0: at least 1"),
         (("score", "in", "--samples", "2"), 2, "belong to --reasoning"),
         (("score", "in", "--reasoning", "--rubric", "q-align"), 2, "'q-align' has no [layouts.reasoning]"),
+        (("score", "in", "--out", "s.csv"), 2, "'s.csv': tables are written as parquet"),
         (("score", "in", "--engine", "onnx"), 2, "--engine 'onnx' isn't known"),
         (("score", "in", "--rubric", "z-rewrad"), 2, "did you mean 'z-reward'"),
         (("score", "in", "--limit", "0"), 2, "--limit"),

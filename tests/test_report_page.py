@@ -104,6 +104,10 @@ def test_the_same_table_gives_the_same_page(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
+def spelled(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
 def test_nothing_in_a_table_becomes_markup(tmp_path: Path) -> None:
     plain, _ = report(write_scores(tmp_path / "plain.parquet", random_rows(1, rows=80)), tmp_path)
     page, _ = report(write_hostile(tmp_path / "hostile.parquet"), tmp_path, title=HOSTILE[1], top=60)
@@ -115,8 +119,16 @@ def test_nothing_in_a_table_becomes_markup(tmp_path: Path) -> None:
         assert not name.startswith("on")
         assert name != "style"
     for text in HOSTILE:
-        assert text.replace("\x00", "\ufffd") in page.text
+        assert re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|[\u202a-\u202e]", spelled, text) in page.text
     assert "1337" not in page.text
+
+
+def test_control_characters_are_spelled_out(tmp_path: Path) -> None:
+    """They are invalid in HTML, steer a terminal that prints the page, and turn text around."""
+    report(write_scores(tmp_path / "s.parquet", [row(0, prompt="a\x00b\x1b[31mc\u202ed\x07\te\nf")]), tmp_path)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "a\\u0000b\\u001b[31mc\\u202ed\\u0007" in html
+    assert not set(html) & {"\x00", "\x1b", "\x07", "\u202e"}
 
 
 def test_the_data_survives_a_script_element(tmp_path: Path) -> None:

@@ -142,6 +142,10 @@ def test_links(folder, tmp_path):
     (folder / "dangling.tar").symlink_to("nowhere")
     (tmp_path / "store" / "circle").symlink_to(folder)
     assert [name for name in names(folder) if "link" in name] == ["link.tar", "linked/blob.tar"]
+    # Data that wasn't fetched is a shard that can't be read, and not one that isn't there.
+    assert "dangling.tar" in names(folder)
+    with pytest.raises(ShardNotFoundError, match=r"dangling\.tar' is a link to 'nowhere', which isn't there"):
+        expand([str(folder / "dangling.tar")])
     (tmp_path / "current").symlink_to(folder)
     assert names(tmp_path / "current", folder)[: len(ALL)] == names(folder)[: len(ALL)]
 

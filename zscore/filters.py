@@ -30,6 +30,7 @@ import polars as pl
 from zscore.criteria import row_criteria
 from zscore.errors import TableError, UsageError
 from zscore.expressions import ScoreExpression
+from zscore.store import refuse_foreign
 from zscore.table_output import check_targets, derived, failures, fetch, sink, written
 from zscore.tables import ROW, is_ok
 
@@ -127,6 +128,7 @@ def filter_scores(scores: Scores, options: FilterOptions, targets: FilterTargets
         OutputError: an output can't be written.
     """
     outputs = {"--out": targets.kept, "--dropped": targets.dropped, "--npy": targets.npy}
+    refuse_foreign({name: outputs[name] for name in ("--out", "--dropped")})
     check_targets(scores.files, outputs, scores.sources)
     _check_columns(scores, targets.columns or ())
     if targets.npy is not None:

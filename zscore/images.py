@@ -114,7 +114,8 @@ def _open(data: bytes) -> ImageFile.ImageFile | Failure:
         names = ", ".join(FORMATS)
         return Failure(Status.BAD_IMAGE, f"no readable header of {names}; the file starts with {data[:12]!r}")
     except Image.DecompressionBombError as error:
-        return Failure(Status.IMAGE_TOO_LARGE, _one_line(error))
+        # Pillow's text ends in a suspicion; what helps is the fix.
+        return Failure(Status.IMAGE_TOO_LARGE, f"{_one_line(error).partition(', could be')[0]}: shrink it")
     except Exception as error:  # noqa: BLE001  its parsers raise whatever a damaged header runs them into
         return Failure(Status.BAD_IMAGE, f"can't be opened: {_one_line(error)}")
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from zscore.errors import OutputError, OutputMismatchError
 from zscore.parquet import TableWriter, batches, read_metadata, score_schema
 from zscore.records import ShardRef, Status
-from zscore.store import is_local, open_store, split_out
+from zscore.store import is_local, open_store, refuse_foreign, split_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -77,6 +77,7 @@ class Output:
         if self.is_folder:
             self._parts = open_store(out.rstrip("/") or "/", resumes=True)
         else:
+            refuse_foreign({"--out": out})
             folder, self._name = split_out(out)
             self._final = open_store(folder, resumes=True)
             self._parts = open_store(f"{out}.parts", resumes=True)

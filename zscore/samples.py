@@ -227,7 +227,7 @@ class _Run:
     def _missing_image(self) -> Failure:
         found = [f".{suffix}" for suffix in sorted(self.suffixes)]
         text = ", ".join(found[:_SHOWN_SUFFIXES]) + (", …" if len(found) > _SHOWN_SUFFIXES else "")
-        return self._with_notes(Failure(Status.MISSING_IMAGE, f"no picture among {shown(text)} (set image_keys)"))
+        return self._with_notes(Failure(Status.MISSING_IMAGE, f"no picture among {shown(text)} (see --image-keys)"))
 
     def _with_notes(self, failure: Failure) -> Failure:
         if failure.status in {Status.MISSING_IMAGE, Status.MISSING_PROMPT}:

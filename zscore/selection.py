@@ -18,6 +18,7 @@ from zscore.expressions import ScoreExpression
 from zscore.group_statistics import group_statistics, write_statistics
 from zscore.pairs import choose_pairs, has_distribution, write_pairs
 from zscore.ranking import rank
+from zscore.store import refuse_foreign
 from zscore.table_output import check_targets, derived, failures, fetch, sink, written
 from zscore.tables import OVERALL, ROW, is_ok, looked_up
 
@@ -133,6 +134,7 @@ def select(scores: Scores, options: SelectOptions, targets: SelectTargets, *, dr
 def _check(scores: Scores, options: SelectOptions, targets: SelectTargets) -> ScoreExpression:
     """The score, once nothing is left that can't hold."""
     outputs = {"--out": targets.best, "--pairs": targets.pairs, "--stats": targets.statistics}
+    refuse_foreign(outputs)
     check_targets(scores.files, outputs, scores.sources)
     if options.best < 1:
         raise UsageError(f"--best {options.best}: keep at least 1 of each group")

@@ -5,7 +5,7 @@ The order is that of the arguments, sorted by path inside each. What isn't calle
 is an error, and so is one missing path of a brace pattern.
 """
 # os.path says no where Path raises (a brace pattern may be longer than a file name), and paths stay strings like urls.
-# ruff: noqa: PTH110, PTH112, PTH113, PTH116, PTH118, PTH120, PTH207, PTH208
+# ruff: noqa: PTH110, PTH112, PTH113, PTH114, PTH115, PTH116, PTH118, PTH120, PTH207, PTH208
 
 from __future__ import annotations
 
@@ -100,6 +100,9 @@ def is_shard_name(path: str) -> bool:
 
 def _not_found(value: str, missing: Sequence[str], total: int, nearby: Iterable[str]) -> ShardNotFoundError:
     """Returns the error for an argument of `total` paths, with the shards that lie beside the first missing one."""
+    if _dangles(missing[0]):
+        target = os.readlink(missing[0])
+        return ShardNotFoundError(f"{missing[0]!r} is a link to {target!r}, which isn't there: fetch the data first")
     text = f"no shard at {missing[0]!r}"
     if total > 1:
         shown = ", ".join(map(repr, missing[:3])) + (", …" if len(missing) > 3 else "")
@@ -131,7 +134,7 @@ def _find_local(value: str) -> _Finding:
         finding.roots.append(root)
         finding.shards.extend(found)
         # An existing file of another kind is ignored: `shards/*` gives it where the shell expands the star.
-        if not found and not os.path.isfile(path):
+        if (not found and not os.path.isfile(path)) or _dangles(path):
             missing.append(path)
     if missing:
         raise _not_found(value, missing, len(paths), _nearby(missing[0]))
@@ -165,6 +168,13 @@ def _local_shards(path: str, seen: set[tuple[int, int]]) -> Iterator[_Found]:
     elif is_shard_name(path) and os.path.isfile(path):
         info = os.stat(path)
         yield _Found(path, info.st_size, local_version(info))
+    elif is_shard_name(path) and _dangles(path):
+        yield _Found(path, -1, "")  # reading it fails, and its row says so
+
+
+def _dangles(path: str) -> bool:
+    """Whether a link leads nowhere, as git-annex and DVC leave them for data that wasn't fetched."""
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def _nearby(path: str) -> list[str]:

@@ -21,7 +21,7 @@ from zscore.errors import OutputError, OutputLockedError, UsageError
 from zscore.lease import Lease
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # An upload to these is invisible until it is complete.
@@ -56,6 +56,10 @@ class Store(Protocol):
         """Hold a lock, or raise OutputLockedError at once."""
 
 
+# What people may take for a choice of format.
+FOREIGN = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xlsx", ".arrow", ".feather", ".html", ".txt", ".tar", ".npy")
+
+
 def split_out(out: str) -> tuple[str, str]:
     """Folder and file name of an output path or url.
 
@@ -68,6 +72,20 @@ def split_out(out: str) -> tuple[str, str]:
     if head.endswith(":/"):
         raise UsageError(f"--out '{out}' names no bucket or folder: give something like {head}/bucket/{name}")
     return (head or ("/" if out.startswith("/") else ".")), name
+
+
+def refuse_foreign(targets: Mapping[str, str | None]) -> None:
+    """Refuse names of tables that ask for another format than parquet.
+
+    Args:
+        targets: paths or urls by the option that names them.
+
+    Raises:
+        UsageError: names option and path.
+    """
+    for option, target in targets.items():
+        if target is not None and target.lower().endswith(FOREIGN):
+            raise UsageError(f"{option} '{target}': tables are written as parquet: give a name that ends in .parquet")
 
 
 def open_store(folder: str, *, resumes: bool = False, syncs: bool = True) -> Store:

@@ -114,10 +114,11 @@ class PromptBuilder:
             return Failure(Status.BAD_TEXT, str(error))
         length = self.overhead + len(image) + len(user)
         if length > self._max_tokens:
+            fix = " or lower --max-pixels" if self.overhead + len(user) < self._max_tokens else ""
             return Failure(
                 Status.PROMPT_TOO_LONG,
                 f"{length} tokens ({len(user)} of them the prompt, {len(image)} the picture); the limit is"
-                f" {self._max_tokens}: shorten the prompt or lower --max-pixels",
+                f" {self._max_tokens}: shorten the prompt{fix}",
             )
         shared = [*self._head, *image, *self._lead, *user]
         return [

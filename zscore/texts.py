@@ -105,7 +105,7 @@ class Texts:
             if prompt and not prompt.isspace():
                 return prompt
         tried = ", ".join(map(str, sources))
-        raise TextFault(Status.MISSING_PROMPT, f"no prompt in {tried} (set prompt_keys)")
+        raise TextFault(Status.MISSING_PROMPT, f"no prompt in {tried} (see --prompt-keys)")
 
     def group(self, field: str | None, prompt: str) -> str:
         """Returns what the samples of one best-of-N group share.

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.command import zscore
+from tests.scores_factory import row, write_scores
 from tests.trainers import world_set
 from zscore.errors import TableError, UsageError
 from zscore.shards import expand
@@ -129,6 +130,36 @@ class TestRefusals:
             train(options(world, talker, tmp_path / "run", "ppo"), load_recipe("tiny"))
         with pytest.raises(UsageError, match="no algorithm is called 'ppo'"):
             load_recipe("tiny", (), "ppo")
+
+    def test_the_wrong_kind_of_table(self, world, talker, tmp_path):
+        """A model's scores aren't labels, and labels no teacher's distributions."""
+        scores = str(write_scores(tmp_path / "s.parquet", [row(0)]))
+        for algorithm in ("sft", "gdso"):
+            with pytest.raises(TableError, match=r"holds a model's scores; people's labels \(annotations.parquet\)"):
+                train(options(world, talker, tmp_path / "run", algorithm, data=scores), load_recipe("tiny"))
+        with pytest.raises(TableError, match="holds people's labels; a teacher's distributions are wanted: train sft"):
+            train(options(world, talker, tmp_path / "run", "risd"), load_recipe("tiny"))
+
+    def test_a_typo(self):
+        with pytest.raises(UsageError, match="no algorithm is called 'rsd': did you mean 'risd'"):
+            load_recipe("tiny", (), "rsd")
+
+    def test_resuming_before_the_first_checkpoint(self, world, talker, tmp_path):
+        """Says that it begins anew; in another algorithm's folder it doesn't."""
+        said = []
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        first = options(world, talker, tmp_path / "run", "rewarddance")
+        with pytest.raises(KeyboardInterrupt):
+            train(first, recipe("rewarddance", "save_every=9"), stop)
+        other = options(world, talker, tmp_path / "run", "gdso", resume=True)
+        with pytest.raises(UsageError, match="was made with algorithm = rewarddance"):
+            train(other, recipe("gdso", "save_every=9"))
+        again = dataclasses.replace(first, resume=True)
+        train(again, recipe("rewarddance", "save_every=9"), on_restart=lambda: said.append("anew"))
+        assert said == ["anew"]
 
     def test_opd_wants_a_teacher(self, world, talker, tmp_path):
         with pytest.raises(UsageError, match="opd: --teacher names"):

@@ -8,7 +8,8 @@ grpo, gdso, opd      the policy's own reasonings (rollouts)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal
 
 from zscore.engines.generate import GenerateConfig, open_generator
 from zscore.errors import UsageError
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from zscore_trainers.data import Collator
     from zscore_trainers.engine import Algorithm
     from zscore_trainers.policy import ScorePolicy
-    from zscore_trainers.targets import Targets
+    from zscore_trainers.targets import Kind, Targets
 
     AlgorithmConfig = RisdConfig | RewardDanceConfig | GrpoConfig | OpdConfig
 
@@ -125,17 +126,17 @@ class Choice:
     make: Callable[[Setup], Algorithm]
     reasons: bool
     """Whether it learns in the reasoning layout; else in the serving layout of the recipe."""
-    data: str
-    """What --data is."""
+    data: Kind | Literal["told"]
+    """What --data is: a table of `zscore_trainers.targets`, or given reasonings (`zscore_trainers.told`)."""
 
 
 ALGORITHMS: dict[str, Choice] = {
-    "sft": Choice(RisdConfig, _direct, reasons=False, data="annotations.parquet"),
-    "risd": Choice(RisdConfig, _direct, reasons=False, data="the teacher's scores.parquet"),
-    "rewarddance": Choice(RewardDanceConfig, _rewarddance, reasons=True, data="reasoning.jsonl"),
-    "grpo": Choice(GrpoConfig, _grpo, reasons=True, data="annotations.parquet"),
-    "gdso": Choice(GdsoConfig, _grpo, reasons=True, data="annotations.parquet"),
-    "opd": Choice(OpdConfig, _opd, reasons=True, data="annotations.parquet or scores.parquet"),
+    "sft": Choice(RisdConfig, _direct, reasons=False, data="labels"),
+    "risd": Choice(RisdConfig, _direct, reasons=False, data="scores"),
+    "rewarddance": Choice(RewardDanceConfig, _rewarddance, reasons=True, data="told"),
+    "grpo": Choice(GrpoConfig, _grpo, reasons=True, data="labels"),
+    "gdso": Choice(GdsoConfig, _grpo, reasons=True, data="labels"),
+    "opd": Choice(OpdConfig, _opd, reasons=True, data="either"),
 }
 
 
@@ -146,5 +147,7 @@ def chosen(name: str) -> Choice:
         UsageError: there is none; names all.
     """
     if name not in ALGORITHMS:
-        raise UsageError(f"no algorithm is called '{name}': there are {', '.join(ALGORITHMS)}")
+        near = get_close_matches(name, ALGORITHMS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(ALGORITHMS)}"
+        raise UsageError(f"no algorithm is called '{name}': {hint}")
     return ALGORITHMS[name]

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from zscore_trainers.policy import ScorePolicy
 
+BEGUN = "settings.json"
+"""Written first: what the run depends on, for a resume before there is a checkpoint."""
 DONE = "done.json"
 """Written last: a folder without it is a checkpoint that was cut off."""
 
@@ -144,6 +146,8 @@ class Engine:
             HedgingError: training figures improve while held-out agreement falls; the last checkpoint is kept.
         """
         config, first = self._config, parallel.rank() == 0
+        if first:
+            (self._out / BEGUN).write_text(json.dumps(self._settings))
         self._policy.train()
         folder = self._out / "tensorboard" if first and config.tensorboard else None
         with (
@@ -209,6 +213,9 @@ class Engine:
         """
         folders = self._whole()
         if not folders:
+            begun = self._out / BEGUN
+            if begun.exists():
+                _check_same(json.loads(begun.read_text()), self._settings, str(self._out))
             return False
         about = json.loads((folders[-1] / DONE).read_text())
         _check_same(about["settings"], self._settings, str(folders[-1]))

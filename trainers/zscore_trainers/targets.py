@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import polars as pl
@@ -32,13 +32,22 @@ class Targets(dict[tuple[str, int], "NDArray[np.float32]"]):
         return self[sample.shard, sample.index]
 
 
-def read_targets(source: str, rubric: Rubric, split: str = "train") -> Targets:
+Kind = Literal["labels", "scores", "either"]
+"""Labels of people, distributions of a model, or whichever it is."""
+
+
+def read_targets(source: str, rubric: Rubric, split: str = "train", *, kind: Kind = "either") -> Targets:
     """Targets of a table: `annotations.parquet` (labels, only those of `split`), or a teacher's scores (all ok rows).
 
     Raises:
-        TableError: neither; another rubric's scores; labels beyond the scale; nothing in it.
+        TableError: neither, or not of the wanted kind; another rubric's scores; labels beyond the scale; nothing in it.
     """
     found = _annotations(source)
+    if kind == "scores" and found is not None:
+        raise TableError(f"{source} holds people's labels; a teacher's distributions are wanted: train sft on it")
+    if kind == "labels" and found is None:
+        open_scores(source)  # says what is wrong with it, if it isn't even that
+        raise TableError(f"{source} holds a model's scores; people's labels (annotations.parquet) are wanted")
     targets = _from_scores(source, rubric) if found is None else _from_labels(found, rubric, split, source)
     if not targets:
         raise TableError(f"{source} has no sample to train on{'' if found is None else f' in its {split} split'}")

@@ -26,7 +26,7 @@ from zscore.rubrics.rubric import load_rubric
 from zscore.shards import expand
 from zscore.templates import PromptBuilder
 from zscore_trainers import parallel
-from zscore_trainers.algorithms import Setup, chosen
+from zscore_trainers.algorithms import Choice, Setup, chosen
 from zscore_trainers.data import Collator, TrainSet
 from zscore_trainers.engine import Engine, deciding
 from zscore_trainers.export import export
@@ -87,6 +87,7 @@ def train(
     recipe: Recipe,
     on_step: Callable[[int, Mapping[str, float]], None] | None = None,
     on_ready: Callable[[int, int], None] | None = None,
+    on_restart: Callable[[], None] | None = None,
 ) -> Trained:
     """Train to the end and export.
 
@@ -95,6 +96,7 @@ def train(
         recipe: all settings.
         on_step: called with the number of steps done and what was logged.
         on_ready: called with the numbers of samples to train on and held out, when the data is there.
+        on_restart: called where a run is to be resumed that has no checkpoint yet, before it begins anew.
 
     Raises:
         UsageError, TableError, ModelError: an argument, the data or the checkpoint can't be used; one line each.
@@ -105,7 +107,7 @@ def train(
         recipe = for_algorithm(recipe, options.algorithm)
     checkpoint = read_checkpoint(options.model)
     rubric = load_rubric(recipe.rubric)
-    targets = (read_told if options.algorithm == "rewarddance" else read_targets)(options.data, rubric)
+    targets = _targets(options, choice, rubric)
     builder = PromptBuilder(
         checkpoint.path, rubric, recipe.layout, merge=checkpoint.merge, max_tokens=min(checkpoint.max_tokens, 16_384)
     )
@@ -123,8 +125,8 @@ def train(
             algorithm = choice.make(_setup(options, recipe, collators[0], targets, load))
             evaluate = _held_out(collators, rubric, recipe, algorithm)
             engine = Engine(policy, algorithm, recipe.engine, options.out, settings)
-            if options.resume:
-                engine.resume()
+            if options.resume and not engine.resume() and on_restart is not None and parallel.rank() == 0:
+                on_restart()
             engine.run(on_step, evaluate)
             metrics = _final(policy, evaluate)
             _release(algorithm)
@@ -165,6 +167,13 @@ class _Data:
     held_out: TrainSet | None
     left_out: int
     """Samples of the table that are in neither."""
+
+
+def _targets(options: TrainOptions, choice: Choice, rubric: Rubric) -> Targets | ToldTable:
+    """What --data holds, which has to be what the algorithm learns from."""
+    if choice.data == "told":
+        return read_told(options.data, rubric)
+    return read_targets(options.data, rubric, kind=choice.data)
 
 
 def _check_ranks(recipe: Recipe) -> None:

@@ -75,7 +75,9 @@ def score(
     max_text_bytes: Annotated[
         int | None, typer.Option(min=1, help="Largest text or JSON file that is read.", show_default="1 MiB")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Decode processes.", show_default="one a core, at most 8")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Decode processes; 0: in this one.", show_default="one a core, at most 8")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N samples.")] = None,
     max_failed: Annotated[
         float, typer.Option(min=0, max=1, help="Exit with 3 when a larger share of rows failed.")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zscore.errors import InterruptedRunError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -76,7 +78,18 @@ def train(
         algorithm=algorithm, data=data, shards=tuple(shards), model=model, out=out, resume=resume, teacher=teacher
     )
     show = None if quiet else _shown(console, chosen.engine.steps)
-    made = run(options, chosen, show, None if quiet else lambda some, held: console.print(_about(some, held)))
+    try:
+        made = run(
+            options,
+            chosen,
+            show,
+            None if quiet else lambda some, held: console.print(_about(some, held)),
+            lambda: console.print(f"no checkpoint in {out} yet: starting from the beginning", soft_wrap=True),
+        )
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"interrupted: the last checkpoint in {out} is kept; the same command with --resume goes on from it"
+        ) from None
     if rank():  # the first process says it
         return
     for name, value in made.metrics.items():

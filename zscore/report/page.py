@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 from base64 import b64encode
 from dataclasses import dataclass, field
@@ -17,10 +18,14 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from zscore.report.provenance import facts_of
 from zscore.report.summary import WIDTH_BINS
 from zscore.report.tables import threshold_table
+
+# All of C0 and C1 but tab and line feed, and what changes the direction of text.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -156,9 +161,17 @@ def _template() -> Template:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_visible,
     )
     environment.filters |= {"score": _score, "share": _share, "count": _count}
     return environment.get_template("page.html.jinja")
+
+
+def _visible(value: Any) -> Any:
+    """Control characters of users' texts as their numbers: they are invalid in HTML, and some turn text around."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
 
 
 def render(page: Page) -> str:
