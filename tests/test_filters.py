@@ -860,13 +860,23 @@ class TestCommand:
     def test_urls_on_both_sides(self, here: Path) -> None:
         memory = fsspec.filesystem("memory")
         memory.pipe("/in/scores.parquet", (here / "scores.parquet").read_bytes())
-        out = "memory://out/kept.parquet"
-        call = ["filter", "memory://in/scores.parquet", "--min", 3, "--out", out, "--npy", "memory://out/u.npy", "-q"]
+        out = "memory://filtered/kept.parquet"
+        call = [
+            "filter",
+            "memory://in/scores.parquet",
+            "--min",
+            3,
+            "--out",
+            out,
+            "--npy",
+            "memory://filtered/u.npy",
+            "-q",
+        ]
         assert zscore(*call) == 0
         assert zscore("filter", "--min", 3, "-q") == 0
-        (here / "remote.parquet").write_bytes(memory.cat("/out/kept.parquet"))
+        (here / "remote.parquet").write_bytes(memory.cat("/filtered/kept.parquet"))
         assert read_rows(here / "remote.parquet") == read_rows(here / "kept.parquet")
-        assert sorted(memory.ls("/out", detail=False)) == ["/out/kept.parquet", "/out/u.npy"]
+        assert sorted(memory.ls("/filtered", detail=False)) == ["/filtered/kept.parquet", "/filtered/u.npy"]
         memory.store.clear()
 
     def test_help_has_examples(self, capsys) -> None:
