@@ -7,6 +7,7 @@ Shape suffixes: B rows, H hidden size, K score classes, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from tests.kernels.oracle import Case, LogitsCase, check_head, check_kl, check_logits
-from zscore_kernels import score_from_logits, score_head, score_head_kl
+from zscore_kernels import backend_calls, score_from_logits, score_head, score_head_kl
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -71,6 +72,17 @@ EXTREME_LOGITS = [1e4, -1e4]
 POISONED = [(0, 3, 48, 9), (256, 2, 33, 17)]
 """Rows up to which a tile is one row; rows, width and classes."""
 VIEWS = ("unaligned columns of a wider tensor", "every other row", "every other column", "transposed")
+
+
+@contextmanager
+def uncounted():
+    """Whatever runs inside, for comparison on a CPU, leaves no trace in `backend_calls`."""
+    before = backend_calls.copy()
+    try:
+        yield
+    finally:
+        backend_calls.clear()
+        backend_calls.update(before)
 
 
 def same_bits(found, wanted):
