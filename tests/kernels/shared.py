@@ -156,6 +156,31 @@ def extreme_logits(where, scale):
     assert not gradient[:, 20:].any()
 
 
+def no_mass(where):
+    """A row whose K tokens are all forbidden has no scores, but a mass: none. The row beside it is untouched."""
+    logits_BV = torch.randn((2, 40), generator=torch.Generator().manual_seed(0)).to(where.device)
+    logits_BV[0, [3, 4, 5]] = -torch.inf
+    ids_K, values_K = where.tensor([3, 4, 5]), where.tensor([0.0, 1.0, 2.0])
+    head = where.from_logits(logits_BV.requires_grad_(), ids_K, values_K, with_mass=True)
+    assert head.probs_BK[0].isnan().all()
+    assert head.log_mass_B[0].item() == -torch.inf
+    same_bits(
+        [output[1:] for output in head], where.from_logits(logits_BV.detach()[1:], ids_K, values_K, with_mass=True)
+    )
+    (gradient_BV,) = torch.autograd.grad(head.log_mass_B.sum(), logits_BV)
+    wanted_BV = -logits_BV.detach().softmax(1)
+    wanted_BV[1, [3, 4, 5]] += logits_BV.detach()[1, [3, 4, 5]].softmax(0)
+    torch.testing.assert_close(gradient_BV, wanted_BV, rtol=1e-5, atol=1e-6)
+
+
+def no_logits(where):
+    """A row that is forbidden altogether has neither scores nor a mass."""
+    logits_BV = torch.full((1, 40), -torch.inf, device=where.device)
+    head = where.from_logits(logits_BV, where.tensor([3, 4]), where.tensor([0.0, 1.0]), with_mass=True)
+    assert head.probs_BK.isnan().all()
+    assert head.log_mass_B.isnan().all()
+
+
 def empty_head(where):
     hidden_BH, weight_KH, values_K, bias_K = Case(rows=0, device=where.device).tensors()
     head = where.head(hidden_BH, weight_KH, values_K, bias_K)
