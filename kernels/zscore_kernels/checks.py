@@ -21,6 +21,8 @@ Reduction = Literal["mean", "sum", "none"]
 
 MIN_CLASSES: Final = 2
 MAX_CLASSES: Final = 64
+MAX_WIDTH: Final = 65_535 * 512
+"""A CUDA grid has 65,535 tiles of 512 columns at most. K·H stays below 2^31 by it, where int32 offsets would wrap."""
 FLOAT32: Final = torch.finfo(torch.float32)
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,6 +67,8 @@ def check_head(hidden_BH: Tensor, weight_KH: Tensor, bias_K: Tensor | None) -> N
         )
     if width < 1:
         raise ValueError("hidden_BH has 0 columns; H must be at least 1")
+    if width > MAX_WIDTH:
+        raise ValueError(f"hidden_BH has {width} columns; H must be at most {MAX_WIDTH}; is it transposed?")
     _check_classes("weight_KH", rows)
     check_same_device(hidden_BH, weight_KH=weight_KH)
     if bias_K is not None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from zscore_kernels import backend_calls, launch, score_from_logits, score_head, score_head_kl
+from zscore_kernels import backend_calls, checks, launch, score_from_logits, score_head, score_head_kl
 
 HIDDEN = torch.zeros(2, 8)
 WEIGHT = torch.zeros(3, 8)
@@ -39,6 +39,8 @@ HEAD = [
     (TypeError, "hidden_BH is torch.int64; cast it", {"hidden_BH": HIDDEN.long()}),
     (ValueError, "weight_KH has 7 columns and hidden_BH 8; both must be", {"weight_KH": WEIGHT[:, 1:]}),
     (ValueError, "hidden_BH has 0 columns", {"hidden_BH": HIDDEN[:, :0], "weight_KH": WEIGHT[:, :0]}),
+    (ValueError, "hidden_BH has 33553921 columns; H must be at most 33553920",
+     {"hidden_BH": HIDDEN[:, :1].expand(2, 33553921), "weight_KH": WEIGHT[:, :1].expand(3, 33553921)}),
     (ValueError, "weight_KH has 1 rows (score classes); K must be from 2 to 64", {"weight_KH": WEIGHT[:1]}),
     (ValueError, "weight_KH has 65 rows (score classes); K must be from 2 to 64", {"weight_KH": torch.zeros(65, 8)}),
     (TypeError, "weight_KH is torch.int8; cast it", {"weight_KH": WEIGHT.to(torch.int8)}),
@@ -101,6 +103,11 @@ def test_score_from_logits(kind, text, wrong):
 def test_the_limits_that_the_error_names_are_accepted(temperature, backend):
     head = score_head(HIDDEN, WEIGHT, VALUES, temperature=temperature, backend=backend)
     assert head.mean_B.tolist() == [1.0, 1.0]
+
+
+def test_the_widest_weight_fits_the_grid_and_its_elements_an_int32():
+    assert checks.MAX_WIDTH == 65_535 * launch.COLS
+    assert checks.MAX_CLASSES * checks.MAX_WIDTH < 2**31
 
 
 def refuse(operation, kind, text, arguments):
