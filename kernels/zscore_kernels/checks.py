@@ -21,6 +21,11 @@ Reduction = Literal["mean", "sum", "none"]
 
 MIN_CLASSES: Final = 2
 MAX_CLASSES: Final = 64
+MAX_WIDTH: Final = 65_535 * 512
+"""A CUDA grid has 65,535 tiles of 512 columns at most. K·H stays below 2^31 by it, where int32 offsets would wrap."""
+MIN_TEMPERATURE: Final = 1e-12
+"""Logits are divided by it before their maximum is subtracted: those up to 10²⁶ stay finite. Float32 logits of size 1
+are 6e-8 apart, so that the softmax has long been a choice of the largest here."""
 FLOAT32: Final = torch.finfo(torch.float32)
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,18 +43,17 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_temperature(temperature: float) -> float:
-    """Refuses a temperature that is no normal float32 number above 0, which is what the kernels divide by."""
+    """Refuses a temperature by which the kernels can't divide in float32."""
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature is a {type(temperature).__name__}; pass a float (a tensor: its .item())")
     try:
         number = float(temperature)
     except OverflowError:  # an int beyond float64, perhaps too long to print
         number = math.copysign(math.inf, 1 if temperature > 0 else -1)
-    if not FLOAT32.tiny <= number <= FLOAT32.max:
+    if not MIN_TEMPERATURE <= number <= FLOAT32.max:
         shown = temperature if math.isfinite(number) else number
         raise ValueError(
-            f"temperature={shown} must be a normal float32 number, from {FLOAT32.tiny} to {FLOAT32.max};"
-            " 1.0 leaves the logits as they are"
+            f"temperature={shown} must be from {MIN_TEMPERATURE} to {FLOAT32.max}; 1.0 leaves the logits as they are"
         )
     return number
 
@@ -65,6 +69,8 @@ def check_head(hidden_BH: Tensor, weight_KH: Tensor, bias_K: Tensor | None) -> N
         )
     if width < 1:
         raise ValueError("hidden_BH has 0 columns; H must be at least 1")
+    if width > MAX_WIDTH:
+        raise ValueError(f"hidden_BH has {width} columns; H must be at most {MAX_WIDTH}; is it transposed?")
     _check_classes("weight_KH", rows)
     check_same_device(hidden_BH, weight_KH=weight_KH)
     if bias_K is not None:

@@ -88,6 +88,24 @@ def _(logits_BK: Tensor, *rest: object, temperature: float) -> Tensor:
     return torch.empty_like(logits_BK)
 
 
+@custom_op("zscore_kernels::loss_gradient", mutates_args=())
+def loss_gradient(
+    grad_loss_B: Tensor, grad_BK: Tensor, hidden_BH: Tensor, weight_KH: Tensor, bias_K: Tensor | None
+) -> Tensor:
+    """Gradient of the loss times what the forward kernel left, which autograd takes for a constant.
+
+    It depends on the inputs, though: they are arguments so that a second derivative of any of them is refused.
+    """
+    del hidden_BH, weight_KH, bias_K
+    return grad_loss_B[:, None] * grad_BK
+
+
+@loss_gradient.register_fake
+def _(grad_loss_B: Tensor, grad_BK: Tensor, *rest: object) -> Tensor:
+    del grad_loss_B, rest
+    return torch.empty_like(grad_BK)
+
+
 @custom_op("zscore_kernels::hidden_gradient", mutates_args=())
 def hidden_gradient(grad_BK: Tensor, weight_KH: Tensor, dtype: torch.dtype) -> Tensor:
     """grad_BK · weight_KH."""
@@ -158,11 +176,12 @@ def _setup_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.bias_dtype = None if bias_K is None else bias_K.dtype
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the gradient of what has none
-    ctx.save_for_backward(hidden_BH, weight_KH, output[1])
+    ctx.save_for_backward(hidden_BH, weight_KH, bias_K, output[1])
 
 
 def _backward_kl(ctx: Any, grad_loss_B: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    grad_BK = grad_loss_B[:, None] * ctx.saved_tensors[2]
+    hidden_BH, weight_KH, bias_K, loss_grad_BK = ctx.saved_tensors
+    grad_BK = loss_gradient(grad_loss_B, loss_grad_BK, hidden_BH, weight_KH, bias_K)
     grad_hidden_BH, grad_weight_KH, grad_bias_K = _projected(ctx, grad_BK)
     return grad_hidden_BH, grad_weight_KH, None, grad_bias_K, None
 
@@ -207,7 +226,7 @@ def _register() -> None:
     ]
     for operator, backward, setup in pairs:
         operator.register_autograd(backward, setup_context=setup)
-    for operator in (score_gradient, hidden_gradient, weight_gradient, from_logits_gradient):
+    for operator in (score_gradient, loss_gradient, hidden_gradient, weight_gradient, from_logits_gradient):
         operator.register_autograd(_no_second_gradient)
 
 

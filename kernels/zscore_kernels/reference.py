@@ -48,7 +48,8 @@ class ScoreHeadMass(NamedTuple):
     entropy_B: Float[Tensor, " B"]
     logits_BK: Float[Tensor, "B K"]
     log_mass_B: Float[Tensor, " B"]
-    """Logarithm of the K tokens' summed probability under softmax over V, at temperature 1."""
+    """Logarithm of the K tokens' summed probability under softmax over V, at temperature 1. Minus infinity where the K
+    logits all are, though the rest of that row is NaN; NaN where all V are."""
 
 
 def score_head(
@@ -116,8 +117,13 @@ def fold_sum(terms: Float[Tensor, "*B N"]) -> Float[Tensor, "*B"]:
 
 
 def _log_sum_exp(logits: Tensor) -> Tensor:
+    """Minus infinity where all logits are, with a gradient of 0 there."""
     largest = logits.detach().amax(1, keepdim=True)
-    return largest.squeeze(1) + fold_sum((logits - largest).exp()).log()
+    about = largest.masked_fill(largest == -torch.inf, 0.0)
+    total = fold_sum((logits - about).exp())
+    # Filled twice: a gradient of infinity at log 0 would make NaN of the zeros that it is multiplied by.
+    log = total.masked_fill(total == 0, 1.0).log().masked_fill(total == 0, -torch.inf)
+    return about.squeeze(1) + log
 
 
 def _result_dtype(tensor: Tensor) -> torch.dtype:

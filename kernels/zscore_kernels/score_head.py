@@ -43,7 +43,7 @@ def score_head(
             and sums are float32 anyway, and a bfloat16 copy is half the bytes to read.
         values_K: what each level is worth, in rubric units.
         bias_K: added to the logits.
-        temperature: divides the logits (and the bias); a normal float32 number above 0.
+        temperature: divides the logits (and the bias); from 1e-12 to 3.4e38.
         backend: "auto" takes the kernels on CUDA and plain torch elsewhere; "triton" or "reference" force one of
             them ("triton" on a CPU runs the kernels in Triton's interpreter: slow, for tests).
 

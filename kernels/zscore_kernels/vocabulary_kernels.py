@@ -77,7 +77,9 @@ def from_logits_kernel(
         # The mass is the model's own, whatever the temperature of the scores.
         raw_RP = tl.where((p_P < K)[None, :], raw_RP, float("-inf"))
         set_max_R = tl.reduce(raw_RP, 1, larger)
-        set_log_R = tl.log(pairwise_sum(tl.exp(raw_RP - set_max_R[:, None])))
+        # Where all K are minus infinity, about 0: their sum is 0 and its logarithm minus infinity, and not NaN.
+        about_R = tl.where(set_max_R == float("-inf"), 0.0, set_max_R)
+        set_log_R = tl.log(pairwise_sum(tl.exp(raw_RP - about_R[:, None])))
         row = tl.program_id(0).to(tl.int64)
         row_max, row_log = _row_log_sum_exp(logits_ptr + row * row_step, V, COLS)
         base = num_rows.to(tl.int64)
@@ -135,9 +137,11 @@ def column_gradient_kernel(
     if WITH_MASS:
         row_ptr = logits_ptr + row * (row_stride.to(tl.int64) * UNIT)
         raw_P = tl.load(row_ptr + ids_P, mask=known_P, other=float("-inf")).to(tl.float32)
-        probs_P, _ = softmax(raw_P[None, :])
+        probs_1P, _ = softmax(raw_P[None, :])
+        # A forbidden class takes no part, not even where all are and the softmax is NaN.
+        probs_P = tl.where(raw_P == float("-inf"), 0.0, tl.reshape(probs_1P, (P,)))
         grad_mass = tl.load(grad_mass_ptr + row)
-        grad_P += grad_mass * tl.reshape(probs_P, (P,))
+        grad_P += grad_mass * probs_P
     # Row i of the table sums what falls to the column of class i.
     ids_Q = tl.load(ids_ptr + p_P, mask=p_P < K, other=-2).to(tl.int64)
     same_PQ = ids_P[:, None] == ids_Q[None, :]

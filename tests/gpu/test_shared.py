@@ -46,6 +46,11 @@ def test_extreme_logits_and_masked_tokens(scale):
     shared.extreme_logits(GPU, scale)
 
 
+@pytest.mark.parametrize("check", [shared.no_mass, shared.no_logits])
+def test_forbidden_rows(check):
+    check(GPU)
+
+
 def test_empty_batches():
     """They launch nothing; the last call does, so that this test proves its path as all others do."""
     shared.empty_head(GPU)

@@ -7,6 +7,7 @@ Shape suffixes: B rows, H hidden size, K score classes, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from tests.kernels.oracle import Case, LogitsCase, check_head, check_kl, check_logits
-from zscore_kernels import score_from_logits, score_head, score_head_kl
+from zscore_kernels import backend_calls, score_from_logits, score_head, score_head_kl
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -71,6 +72,17 @@ EXTREME_LOGITS = [1e4, -1e4]
 POISONED = [(0, 3, 48, 9), (256, 2, 33, 17)]
 """Rows up to which a tile is one row; rows, width and classes."""
 VIEWS = ("unaligned columns of a wider tensor", "every other row", "every other column", "transposed")
+
+
+@contextmanager
+def uncounted():
+    """Whatever runs inside, for comparison on a CPU, leaves no trace in `backend_calls`."""
+    before = backend_calls.copy()
+    try:
+        yield
+    finally:
+        backend_calls.clear()
+        backend_calls.update(before)
 
 
 def same_bits(found, wanted):
@@ -142,6 +154,31 @@ def extreme_logits(where, scale):
     (gradient,) = torch.autograd.grad(sum(output.sum() for output in head), logits_BV)
     assert torch.isfinite(gradient).all()
     assert not gradient[:, 20:].any()
+
+
+def no_mass(where):
+    """A row whose K tokens are all forbidden has no scores, but a mass: none. The row beside it is untouched."""
+    logits_BV = torch.randn((2, 40), generator=torch.Generator().manual_seed(0)).to(where.device)
+    logits_BV[0, [3, 4, 5]] = -torch.inf
+    ids_K, values_K = where.tensor([3, 4, 5]), where.tensor([0.0, 1.0, 2.0])
+    head = where.from_logits(logits_BV.requires_grad_(), ids_K, values_K, with_mass=True)
+    assert head.probs_BK[0].isnan().all()
+    assert head.log_mass_B[0].item() == -torch.inf
+    same_bits(
+        [output[1:] for output in head], where.from_logits(logits_BV.detach()[1:], ids_K, values_K, with_mass=True)
+    )
+    (gradient_BV,) = torch.autograd.grad(head.log_mass_B.sum(), logits_BV)
+    wanted_BV = -logits_BV.detach().softmax(1)
+    wanted_BV[1, [3, 4, 5]] += logits_BV.detach()[1, [3, 4, 5]].softmax(0)
+    torch.testing.assert_close(gradient_BV, wanted_BV, rtol=1e-5, atol=1e-6)
+
+
+def no_logits(where):
+    """A row that is forbidden altogether has neither scores nor a mass."""
+    logits_BV = torch.full((1, 40), -torch.inf, device=where.device)
+    head = where.from_logits(logits_BV, where.tensor([3, 4]), where.tensor([0.0, 1.0]), with_mass=True)
+    assert head.probs_BK.isnan().all()
+    assert head.log_mass_B.isnan().all()
 
 
 def empty_head(where):

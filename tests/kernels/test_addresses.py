@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.kernels.oracle import Case, LogitsCase
-from zscore_kernels import launch, score_from_logits, score_head, score_head_kl
+from zscore_kernels import checks, launch, score_from_logits, score_head, score_head_kl
 
 pytest.importorskip("triton")
 
@@ -68,24 +68,31 @@ def sparse_outputs(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "zero_", lambda self: self if self.numel() > 2**28 else zero(self))
 
 
+def shift_programs(monkeypatch, shifts):
+    """Makes the programs of a small grid take themselves for later ones, so many further along each axis."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    program_id = InterpreterBuilder.create_get_program_id
+
+    def shifted(self, axis):
+        found = program_id(self, axis)
+        return TensorHandle(found.data + shifts.get(axis, 0), found.dtype)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", shifted)
+
+
 @pytest.fixture
 def last_rows_only(monkeypatch, sparse_outputs):
     """Runs the last programs of a grid's first axis and no others; returns each kernel's arguments by its name."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    program_id, run = InterpreterBuilder.create_get_program_id, launch._launch
+    run = launch._launch
     launched = {}
 
     def last(name, grid, *arguments, **options):
-        def shifted(self, axis):
-            found = program_id(self, axis)
-            return TensorHandle(found.data + grid[0] - 1, found.dtype) if axis == 0 else found
-
         launched[name] = arguments
         if name == "weight_gather_kernel":
             return  # its first axis is columns; rows are a loop over a pointer
         with monkeypatch.context() as patch:
-            patch.setattr(InterpreterBuilder, "create_get_program_id", shifted)
+            shift_programs(patch, {0: grid[0] - 1})
             run(name, (1, *grid[1:]), *arguments, **options)
 
     monkeypatch.setattr(launch, "_launch", last)
@@ -178,6 +185,20 @@ def test_hidden_gradient(last_rows_only):
     weight_KH = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
     found_BH = launch.hidden_gradient(far_down(torch.tensor([[7.0, 11.0]])), weight_KH, torch.bfloat16)
     assert found_BH[-1].tolist() == [40.0, 69.0]
+
+
+@pytest.mark.parametrize("first", [0, checks.MAX_WIDTH - 512])
+def test_hidden_gradient_of_the_widest_weight(sparse_outputs, monkeypatch, first):
+    """The first and the last columns of the last class: the largest address that the checks let through."""
+    weight_KH = sparse((checks.MAX_CLASSES, checks.MAX_WIDTH), torch.bfloat16)
+    weight_KH[-1, first : first + 512] = 3.0
+    run = launch._launch
+    monkeypatch.setattr(launch, "_launch", lambda name, grid, *rest, **more: run(name, (1, 1), *rest, **more))
+    shift_programs(monkeypatch, {1: first // 512})
+    grad_BK = torch.zeros(1, checks.MAX_CLASSES)
+    grad_BK[0, -1] = 5.0
+    found_BH = launch.hidden_gradient(grad_BK, weight_KH, torch.float32)
+    assert found_BH[0, first : first + 512].tolist() == [15.0] * 512
 
 
 def test_weight_gradient(last_rows_only, monkeypatch):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from zscore_kernels import backend_calls, launch, score_from_logits, score_head, score_head_kl
+from zscore_kernels import backend_calls, checks, launch, score_from_logits, score_head, score_head_kl
 
 HIDDEN = torch.zeros(2, 8)
 WEIGHT = torch.zeros(3, 8)
@@ -17,7 +17,7 @@ TARGET = torch.full((2, 3), 1 / 3)
 LEARNT = torch.ones(3, requires_grad=True)
 LOGITS = torch.zeros(2, 20)
 IDS = torch.tensor([1, 2, 3])
-NORMAL = "must be a normal float32 number, from 1.1754943508222875e-38 to 3.4028234663852886e+38"
+NORMAL = "must be from 1e-12 to 3.4028234663852886e+38"
 META = torch.empty(2, 8, device="meta")
 
 HEAD = [
@@ -28,6 +28,8 @@ HEAD = [
     (ValueError, f"temperature=-1.5 {NORMAL}", {"temperature": -1.5}),
     (ValueError, f"temperature=1e-46 {NORMAL}", {"temperature": 1e-46}),  # 0 in float32
     (ValueError, f"temperature=1e-40 {NORMAL}", {"temperature": 1e-40}),  # subnormal: some targets flush it to 0
+    (ValueError, f"temperature=1.2e-38 {NORMAL}", {"temperature": 1.2e-38}),  # logits of 5 become infinite
+    (ValueError, f"temperature=9.9e-13 {NORMAL}", {"temperature": 9.9e-13}),
     (ValueError, f"temperature=1e+39 {NORMAL}", {"temperature": 1e39}),  # infinity in float32
     (ValueError, f"temperature=inf {NORMAL}", {"temperature": 10**400}),  # no float64 either
     (ValueError, f"temperature=-inf {NORMAL}", {"temperature": -(10**5000)}),  # nor printable
@@ -39,6 +41,8 @@ HEAD = [
     (TypeError, "hidden_BH is torch.int64; cast it", {"hidden_BH": HIDDEN.long()}),
     (ValueError, "weight_KH has 7 columns and hidden_BH 8; both must be", {"weight_KH": WEIGHT[:, 1:]}),
     (ValueError, "hidden_BH has 0 columns", {"hidden_BH": HIDDEN[:, :0], "weight_KH": WEIGHT[:, :0]}),
+    (ValueError, "hidden_BH has 33553921 columns; H must be at most 33553920",
+     {"hidden_BH": HIDDEN[:, :1].expand(2, 33553921), "weight_KH": WEIGHT[:, :1].expand(3, 33553921)}),
     (ValueError, "weight_KH has 1 rows (score classes); K must be from 2 to 64", {"weight_KH": WEIGHT[:1]}),
     (ValueError, "weight_KH has 65 rows (score classes); K must be from 2 to 64", {"weight_KH": torch.zeros(65, 8)}),
     (TypeError, "weight_KH is torch.int8; cast it", {"weight_KH": WEIGHT.to(torch.int8)}),
@@ -97,10 +101,25 @@ def test_score_from_logits(kind, text, wrong):
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("temperature", [1.1754943508222875e-38, 3.4028234663852886e38, 2, 10**38])
-def test_the_limits_that_the_error_names_are_accepted(temperature, backend):
-    head = score_head(HIDDEN, WEIGHT, VALUES, temperature=temperature, backend=backend)
-    assert head.mean_B.tolist() == [1.0, 1.0]
+@pytest.mark.parametrize(
+    ("temperature", "wanted"), [(1e-12, 2.0), (3.4028234663852886e38, 1.0), (2, 2.0), (10**38, 1.0)]
+)
+def test_the_limits_that_the_error_names_are_accepted(temperature, wanted, backend):
+    """Logits of ±10⁴, whose softmax is that of their largest or, at huge temperatures, of nothing."""
+    hidden_BH, weight_KH = torch.ones(2, 8, requires_grad=True), torch.tensor([-1250.0, 0.0, 1250.0])[:, None]
+    weight_KH = weight_KH.repeat(1, 8).requires_grad_()
+    head = score_head(hidden_BH, weight_KH, VALUES, temperature=temperature, backend=backend)
+    loss = score_head_kl(hidden_BH, weight_KH, TARGET, temperature=temperature, backend=backend)
+    assert head.mean_B.tolist() == pytest.approx([wanted] * 2)
+    outputs = [*head, loss]
+    assert all(output.isfinite().all() for output in outputs)
+    gradients = torch.autograd.grad([output.sum() for output in outputs], [hidden_BH, weight_KH])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_widest_weight_fits_the_grid_and_its_elements_an_int32():
+    assert checks.MAX_WIDTH == 65_535 * launch.COLS
+    assert checks.MAX_CLASSES * checks.MAX_WIDTH < 2**31
 
 
 def refuse(operation, kind, text, arguments):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.kernels.oracle import Case
+from tests.kernels.shared import uncounted
 from zscore.distribution import score_probes
 from zscore_kernels import backend_calls, launch, score_from_logits, score_head, score_head_kl
 
@@ -96,6 +97,16 @@ def test_a_reference_that_fails_is_not_counted(counted, monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         score_head(*Case().tensors(grad=False))
     assert counted() == {}
+
+
+def test_what_runs_for_comparison_is_not_counted(counted):
+    """A test on a GPU may compute on the CPU what it expects, and is judged by its calls on the GPU alone."""
+    hidden_BH, weight_KH, values_K, _ = Case(classes=3).tensors(grad=False)
+    score_head(hidden_BH, weight_KH, values_K, backend="triton")
+    with pytest.raises(RuntimeError, match="half-way"), uncounted():
+        score_head(hidden_BH, weight_KH, values_K)
+        raise RuntimeError("half-way")
+    assert counted() == interpreted("head_kernel")
 
 
 def test_what_triton_s_own_switch_interprets_is_not_called_compiled():

@@ -54,6 +54,13 @@ def test_extreme_logits_and_masked_tokens(where, scale):
     shared.extreme_logits(where, scale)
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")  # numpy's, of ∞ − ∞
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("check", [shared.no_mass, shared.no_logits])
+def test_forbidden_rows(where, check):
+    check(where)
+
+
 @pytest.fixture
 def loaded(monkeypatch):
     """Addresses of all elements that the interpreter really loads: those under a mask."""

@@ -34,13 +34,14 @@ def samples():
         (ops.from_logits, (hidden_BH, IDS, values_K, 1.0), {"with_mass": True}),
         (ops.from_logits, (hidden_BH, IDS, values_K, 1.0), {"with_mass": False}),
         (ops.score_gradient, (grad_BK, values_K, grad_BK, grad_3B, None), {"temperature": 1.0}),
+        (ops.loss_gradient, (grad_BK[:, 0], grad_BK, hidden_BH.detach(), weight_KH.detach(), None), {}),
         (ops.hidden_gradient, (grad_BK, weight_KH.detach(), torch.bfloat16), {}),
         (ops.weight_gradient, (grad_BK, hidden_BH.detach(), torch.float32), {}),
         (ops.from_logits_gradient, (hidden_BH.detach(), IDS, grad_BK, mass_3B, grad_3B[0]), {}),
     ]
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(9))
 def test_operators_keep_torch_s_rules(index):
     operator, arguments, options = samples()[index]
     torch.library.opcheck(operator, arguments, options, test_utils=CHECKS)
@@ -83,21 +84,35 @@ def test_the_backward_of_the_loss_launches_nothing_needless():
     loss = score_head_kl(hidden_BH, weight_KH, Case(rows=2, classes=3).target(), bias_K, backend="triton")
     with Calls() as calls:
         torch.autograd.grad(loss, [hidden_BH, weight_KH, bias_K])
-    assert calls.names == ["ones_like", "div", "mul", "hidden_gradient", "weight_gradient", "sum"]
+    assert calls.names == ["ones_like", "div", "loss_gradient", "hidden_gradient", "weight_gradient", "sum"]
 
 
-@pytest.mark.parametrize("operation", ["head", "kl", "from_logits"])
-def test_second_gradients_are_refused(operation):
-    hidden_BH, weight_KH, values_K, _ = Case(rows=2, width=8, classes=3).tensors()
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("leaf", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("operation", ["head", "kl"])
+def test_second_gradients_are_refused(operation, leaf, frozen):
+    """Beside a first derivative too, as in a gradient penalty; `frozen`: the other two arguments learn nothing."""
+    hidden_BH, weight_KH, values_K, bias_K = Case(rows=2, width=8, classes=3).tensors()
+    leaves = {"hidden": hidden_BH, "weight": weight_KH, "bias": bias_K}
+    for name, tensor in leaves.items():
+        tensor.requires_grad_(name == leaf or not frozen)
     if operation == "head":
-        output = score_head(hidden_BH, weight_KH, values_K, backend="triton").mean_B.sum()
-    elif operation == "kl":
-        output = score_head_kl(hidden_BH, weight_KH, Case(rows=2, classes=3).target(), backend="triton")
+        output = score_head(hidden_BH, weight_KH, values_K, bias_K, backend="triton").mean_B.sum()
     else:
-        output = score_from_logits(hidden_BH, IDS, values_K, backend="triton").mean_B.sum()
-    (gradient,) = torch.autograd.grad(output, hidden_BH, create_graph=True)
+        output = score_head_kl(hidden_BH, weight_KH, Case(rows=2, classes=3).target(), bias_K, backend="triton")
+    (gradient,) = torch.autograd.grad(output, leaves[leaf], create_graph=True)
     with pytest.raises(NotImplementedError, match="the score head has no second derivative"):
-        gradient.sum().backward()
+        (output + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("used", ["mean_B", "log_mass_B"])
+def test_second_gradients_of_logits_are_refused(used):
+    logits_BV, _, values_K, _ = Case(rows=2, width=8, classes=3).tensors()
+    head = score_from_logits(logits_BV, IDS, values_K, with_mass=True, backend="triton")
+    output = getattr(head, used).sum()
+    (gradient,) = torch.autograd.grad(output, logits_BV, create_graph=True)
+    with pytest.raises(NotImplementedError, match="the score head has no second derivative"):
+        (output + gradient.square().sum()).backward()
 
 
 def test_reference_refuses_second_gradients_too():
