@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from tests.tars import BLOCK, FUZZ, member
 from zscore.errors import OutputError, TableError
+from zscore.passages import Passage
 from zscore.records import ShardRef
 from zscore.shard_writer import RECORD, ShardSize, ShardWriter, score_member, shard_name
 from zscore.sources import Source
 from zscore.store import LocalStore
-from zscore.tar_copy import Passage
 
 SOURCE = Source(ShardRef("/somewhere/a.tar", "a.tar", -1, ""), "a.tar", pl.DataFrame())
 

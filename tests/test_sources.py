@@ -7,6 +7,7 @@ import pytest
 
 from tests.tars import END, pair
 from zscore.errors import TableError
+from zscore.passages import StandIns
 from zscore.records import ShardRef
 from zscore.sources import locate
 
@@ -90,7 +91,7 @@ class TestPassages:
 
     def passed(self, source, after=-1):
         closed = []
-        found = [passage.index for passage, _ in source.passages(after, frozenset(), lambda: closed.append(True))]
+        found = [passage.index for passage, _ in source.passages(after, StandIns(), lambda: closed.append(True))]
         assert len(closed) <= 1
         return found
 
@@ -121,7 +122,7 @@ class TestPassages:
                 for passage, carrier in waiting:
                     carrier.copy(passage, out.fileno())
 
-            waiting.extend(source.passages(-1, frozenset(), copy_now))
+            waiting.extend(source.passages(-1, StandIns(), copy_now))
         assert (tmp_path / "out").read_bytes() == pair("k0") + pair("k1")
 
     def test_damage_behind_the_last_kept_sample_does_not_matter(self, tmp_path):

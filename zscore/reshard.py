@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from zscore.errors import OutputMismatchError, UsageError
+from zscore.passages import StandIns
 from zscore.samples import ReadOptions
 from zscore.shard_writer import ShardSize, ShardWriter, Written, shard_name
 from zscore.shards import expand
 from zscore.sources import locate
 from zscore.store import is_local, open_store
-from zscore.texts import GZIP_SUFFIX, parse_sources, parse_suffixes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -104,13 +104,9 @@ def reshard(kept: Scores, options: ReshardOptions, on_shard: Callable[[Written],
     return _Job(kept, options, size, sources).run(on_shard or (lambda _: None))
 
 
-def _stand_ins(scored_with: Mapping[str, Any]) -> frozenset[str]:
-    """Suffixes of pictures and texts, for which a link counts as a file of its sample."""
-    read = ReadOptions()
-    sources = parse_sources(scored_with.get("prompt_keys", read.prompt_keys))
-    texts = {source.suffix for source in sources} | ({"json"} if scored_with.get("group_key") else set())
-    images = parse_suffixes(scored_with.get("image_keys", read.image_keys), "image_keys")
-    return frozenset({*images, *texts, *(text + GZIP_SUFFIX for text in texts)})
+def _stand_ins(scored_with: Mapping[str, Any]) -> StandIns:
+    names = ("image_keys", "prompt_keys", "group_key")
+    return StandIns.of(ReadOptions(**{name: scored_with[name] for name in names if name in scored_with}))
 
 
 class _Job:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from zscore.passages import Passage
     from zscore.sources import Source
     from zscore.store import Store
-    from zscore.tar_copy import Carrier, Passage
+    from zscore.tar_copy import Carrier
 
 SCORES_SUFFIX = "zscore.json"
 # How the tar reader shows bytes of a name that aren't UTF-8.

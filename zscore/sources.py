@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from zscore.errors import TableError
+from zscore.passages import Passages
 from zscore.stores import ShardFault
-from zscore.tar_copy import Passages, open_carrier
+from zscore.tar_copy import open_carrier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
+    from zscore.passages import Passage, StandIns
     from zscore.records import ShardRef
-    from zscore.tar_copy import Carrier, Passage
+    from zscore.tar_copy import Carrier
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +36,13 @@ class Source:
     """Columns index and, if known, key, ascending."""
 
     def passages(
-        self, after: int, stand_ins: frozenset[str], before_closing: Callable[[], None]
+        self, after: int, stand_ins: StandIns, before_closing: Callable[[], None]
     ) -> Generator[tuple[Passage, Carrier]]:
         """The wanted samples behind number `after`, each with the carrier that copies it.
 
         Args:
             after: -1 for all.
-            stand_ins: see `zscore.tar_copy.Passages`.
+            stand_ins: see `zscore.passages`.
             before_closing: called before the shard is closed, for copies that are still to be made.
 
         Raises:
