@@ -337,7 +337,9 @@ class TestShardSize:
     def test_parsed(self, text, size):
         assert ShardSize.parse(text) == size
 
-    @pytest.mark.parametrize("text", ["", "0", "-3", "1.5", "many", "10TB", "5 samples", "0MB"])
+    @pytest.mark.parametrize(
+        "text", ["", "0", "-3", "1.5", "many", "10TB", "5 samples", "0MB", "0.5B", "9" * 400, "9" * 400 + "GB"]
+    )
     def test_refused(self, text):
         with pytest.raises(UsageError, match="--shard-size"):
             ShardSize.parse(text)
