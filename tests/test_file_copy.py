@@ -79,6 +79,15 @@ def test_what_a_file_system_does_not_do_is_done_otherwise(files, monkeypatch, co
     assert content(target) == data[100:5100]
 
 
+@pytest.mark.parametrize("ways", [1, 2])
+def test_a_way_that_moves_nothing_is_not_the_end(files, monkeypatch, ways):
+    """As copy_file_range does on files that the kernel makes up, and between some file systems."""
+    data, source, target = files
+    monkeypatch.setattr(file_copy, "_ways", [lambda *_: 0] * ways + list(WAYS.values())[ways:])
+    copy_range(source, target, 100, 5000)
+    assert content(target) == data[100:5100]
+
+
 def test_other_errors_are_not_swallowed(files, monkeypatch):
     _, source, target = files
 

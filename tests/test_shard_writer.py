@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import tarfile
+import threading
 
 import polars as pl
 import pytest
@@ -15,11 +16,11 @@ from hypothesis import strategies as st
 
 from tests.tars import BLOCK, FUZZ, member
 from zscore.errors import OutputError, TableError
+from zscore.passages import Passage
 from zscore.records import ShardRef
-from zscore.shard_writer import RECORD, ShardSize, ShardWriter, score_member, shard_name
+from zscore.shard_writer import RECORD, UNFINISHED, ShardSize, ShardWriter, score_member, shard_name
 from zscore.sources import Source
 from zscore.store import LocalStore
-from zscore.tar_copy import Passage
 
 SOURCE = Source(ShardRef("/somewhere/a.tar", "a.tar", -1, ""), "a.tar", pl.DataFrame())
 
@@ -121,6 +122,26 @@ class TestShards:
             for index in range(5):
                 writer.add(SOURCE, sample(index), Memory(), None)
         assert there == [True, True, True]
+
+    def test_few_shards_wait_for_their_names(self, tmp_path):
+        """Each holds a descriptor and, before an upload, room in the temporary folder."""
+        begun, slow = [], threading.Event()
+
+        class Store(LocalStore):
+            def write(self, name):
+                begun.append(name)
+                return super().write(name)
+
+        def wait(shard):
+            slow.wait(0.5 if shard.name == "x-000000.tar" else 0)
+            waits.append(len(begun))
+
+        waits = []
+        with ShardWriter(Store(tmp_path), "x", 0, ShardSize(samples=1), wait) as writer:
+            for index in range(40):
+                writer.add(SOURCE, sample(index), Memory(), None)
+        assert waits[0] <= UNFINISHED + 1
+        assert len(waits) == 40
 
 
 class TestFailures:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.tars import END, pair
 from zscore.errors import TableError
+from zscore.passages import StandIns
 from zscore.records import ShardRef
 from zscore.sources import locate
 
@@ -40,6 +41,15 @@ class TestNames:
     )
     def test_another_common_root(self, row, given):
         assert names_of(locate(kept((row, 0)), shards(given))) == [(given, row, [0])]
+
+    def test_a_file_name_alone_is_not_enough(self):
+        """Two runs' shards are called alike, and often their samples too."""
+        with pytest.raises(TableError, match=r"'run1/a\.tar' and /one/run2/a\.tar share no more than a file name"):
+            locate(kept(("run1/a.tar", 0)), shards("run2/a.tar", root="/one"))
+        for row in ("a.tar", "run2/a.tar", "data/run2/a.tar", "one/run2/a.tar"):
+            assert len(locate(kept((row, 0)), shards("run2/a.tar", root="/one"))) == 1
+        given = shards("run2/a.tar", root="/one")
+        assert len(locate(kept(("run1/a.tar", 0)), given, checks_pictures=True)) == 1
 
     def test_only_whole_names_count(self):
         with pytest.raises(TableError, match=r"1 of the 1 shards that the rows name aren't in --shards: a\.tar"):
@@ -90,7 +100,7 @@ class TestPassages:
 
     def passed(self, source, after=-1):
         closed = []
-        found = [passage.index for passage, _ in source.passages(after, frozenset(), lambda: closed.append(True))]
+        found = [passage.index for passage, _ in source.passages(after, StandIns(), lambda: closed.append(True))]
         assert len(closed) <= 1
         return found
 
@@ -121,7 +131,7 @@ class TestPassages:
                 for passage, carrier in waiting:
                     carrier.copy(passage, out.fileno())
 
-            waiting.extend(source.passages(-1, frozenset(), copy_now))
+            waiting.extend(source.passages(-1, StandIns(), copy_now))
         assert (tmp_path / "out").read_bytes() == pair("k0") + pair("k1")
 
     def test_damage_behind_the_last_kept_sample_does_not_matter(self, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from zscore import lease as lease_module
 from zscore.errors import OutputError, OutputLockedError, UsageError
 from zscore.lease import Lease
-from zscore.store import open_store, split_out
+from zscore.store import identity, open_store, split_out
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -111,9 +111,41 @@ def test_a_killed_holder_frees_a_local_lock(tmp_path):
 def test_sweep_takes_only_the_named_files_leftovers(tmp_path):
     for name in (".a.parquet.x.tmp", ".b.parquet.x.tmp", "a.parquet", ".a.parquet.kept"):
         (tmp_path / name).touch()
-    open_store(str(tmp_path)).sweep(["a.parquet"])
+    open_store(str(tmp_path)).sweep(lambda name: name == "a.parquet")
     assert {entry.name for entry in tmp_path.iterdir()} == {".b.parquet.x.tmp", "a.parquet", ".a.parquet.kept"}
-    open_store(str(tmp_path / "none")).sweep(["a.parquet"])
+    open_store(str(tmp_path / "none")).sweep(lambda _: True)
+
+
+def test_one_file_has_one_identity(tmp_path):
+    (tmp_path / "a.tar").touch()
+    (tmp_path / "link.tar").symlink_to("a.tar")
+    path = str(tmp_path / "a.tar")
+    for other in (f"file://{path}", f"local://{path}", str(tmp_path / "link.tar"), f"{tmp_path}/./a.tar"):
+        assert identity(other) == identity(path)
+    assert identity(str(tmp_path / "b.tar")) == identity(f"{tmp_path}/./b.tar") != identity(path)
+    for other in ("memory:///bucket/a.tar", "memory://bucket/a.tar", "simplecache::memory://bucket/a.tar"):
+        assert identity(other) == identity("memory://bucket/a.tar")
+    assert identity("s3a://bucket/a.tar") == identity("s3://bucket/a.tar") != identity("memory://bucket/a.tar")
+    assert identity("nothing://a") == ("nothing://a",)
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_a_file_moves_in_from_a_folder_inside(tmp_path, where):
+    folder = str(tmp_path) if where == "local" else f"memory://{uuid.uuid4().hex}"
+    store, inside = open_store(folder), open_store(f"{folder}/.new")
+    for filled, data in ((store, b"old"), (inside, b"new")):
+        with filled.write("a") as stream:
+            stream.write(data)
+    store.adopt(".new", "a")
+    with store.open("a") as stream:
+        assert stream.read() == b"new"
+    assert inside.names() == set()
+
+
+def test_a_folder_cannot_be_deleted_as_a_file(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OutputError, match="can't write .*/a: "):
+        open_store(str(tmp_path)).delete("a")
 
 
 def test_a_stale_or_dead_lease_may_be_taken_and_a_live_one_not(monkeypatch):

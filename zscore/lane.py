@@ -29,9 +29,13 @@ class Lane:
 
     def wait(self) -> None:
         """Until all calls are done; an error stays for `check`."""
+        self.mark().wait()
+
+    def mark(self) -> threading.Event:
+        """Set once all calls so far are done, or dropped after an error."""
         done = threading.Event()
         self._calls.put(done)
-        done.wait()
+        return done
 
     def check(self) -> None:
         """Raise what a call raised."""

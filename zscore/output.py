@@ -98,10 +98,10 @@ class Output:
         try:
             with self._parts.lock(name):
                 # What was killed while it wrote left a temporary file.
-                self._parts.sweep([self.part_name(shard) for shard in shards])
+                parts = {self.part_name(shard) for shard in shards} | (set() if self.is_folder else {RUN_FILE})
+                self._parts.sweep(lambda name: name in parts)
                 if not self.is_folder:
-                    self._parts.sweep([RUN_FILE])
-                    self._final.sweep([self._name])
+                    self._final.sweep(lambda name: name == self._name)
                 yield
         finally:
             if not self.is_folder:

@@ -7,7 +7,9 @@ import json
 import math
 import re
 import tarfile
+from collections import deque
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING, Any, Self
 
 from zscore.errors import OutputError, TableError, UsageError
@@ -21,17 +23,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from zscore.passages import Passage
     from zscore.sources import Source
     from zscore.store import Store
-    from zscore.tar_copy import Carrier, Passage
+    from zscore.tar_copy import Carrier
 
 SCORES_SUFFIX = "zscore.json"
+# Full shards that wait for their names, or their uploads: each takes a descriptor and, before an upload, local disk.
+UNFINISHED = 2
 # How the tar reader shows bytes of a name that aren't UTF-8.
 NOT_UTF8 = re.compile(r"\\x[89a-f][0-9a-f]")
 # Like GNU tar and Python's tarfile: archives end on a multiple of 20 blocks.
 RECORD = 20 * BLOCK
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-SHARD_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?(B)?", re.IGNORECASE)
+SHARD_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMG]I?)?(B)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +54,15 @@ class ShardSize:
             UsageError: neither.
         """
         found = SHARD_SIZE.fullmatch(text.strip())
-        if not found or float(found[1]) <= 0:
+        size = int(float(found[1]) * UNITS[(found[2] or "").upper()]) if found else 0
+        in_bytes = found is not None and bool(found[2] or found[3])
+        if not found or float(found[1]) <= 0 or (in_bytes and size < 1):
             raise UsageError(f"--shard-size '{text}': give samples (10000) or bytes (500MB, 1GiB)")
-        if not (found[2] or found[3]):
+        if not in_bytes:
             if "." in found[1]:
                 raise UsageError(f"--shard-size '{text}': samples are counted in whole numbers")
             return cls(samples=int(found[1]))
-        return cls(bytes=int(float(found[1]) * UNITS[(found[2] or "").upper()]))
+        return cls(bytes=size)
 
     def is_full(self, samples: int, size: int) -> bool:
         """Whether the next sample begins a new shard."""
@@ -103,7 +110,8 @@ class ShardWriter:
         self._closing = Lane("zscore-close")
         self._unfinished: list[contextlib.ExitStack] = []
         """Full shards that aren't there under their name yet."""
-        # Only the writing thread touches these two.
+        self._marks = deque[Event]()
+        # Only the writing thread touches these two, and the marks.
         self._file = contextlib.ExitStack()
         self._descriptor = -1
 
@@ -182,6 +190,9 @@ class ShardWriter:
         file = self._file.pop_all()
         self._unfinished.append(file)
         self._closing.do(self._commit, file, shard)
+        self._marks.append(self._closing.mark())
+        if len(self._marks) > UNFINISHED:
+            self._marks.popleft().wait()
 
     def _commit(self, file: contextlib.ExitStack, shard: Written) -> None:
         file.close()

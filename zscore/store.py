@@ -21,7 +21,7 @@ from zscore.errors import OutputError, OutputLockedError, UsageError
 from zscore.lease import Lease
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # An upload to these is invisible until it is complete.
@@ -49,8 +49,11 @@ class Store(Protocol):
     def delete_if_empty(self) -> None:
         """Remove the folder where nothing is left in it."""
 
-    def sweep(self, names: Iterable[str]) -> None:
-        """Remove what a killed run left half-written of these files; only for whoever holds their lock."""
+    def adopt(self, folder: str, name: str) -> None:
+        """Move a finished file here from a folder inside, in the place of the one that has its name."""
+
+    def sweep(self, is_ours: Callable[[str], bool]) -> None:
+        """Remove what a killed run left half-written of files of such names; only for whoever holds their lock."""
 
     def lock(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Hold a lock, or raise OutputLockedError at once."""
@@ -114,6 +117,24 @@ def is_local(url: str) -> bool:
     return "://" not in url or url.startswith(("file://", "local://"))
 
 
+def identity(url: str) -> tuple[object, ...]:
+    """The same for all paths and urls that lead to one file: through links, and in other spellings."""
+    if "://" in url:
+        url = url.rpartition("::")[2]  # a cache in front of it
+    if is_local(url):
+        path = Path(url.removeprefix("file://").removeprefix("local://"))
+        try:
+            info = path.stat()
+        except OSError:
+            return (str(path.resolve()),)
+        return info.st_dev, info.st_ino
+    try:
+        files, path_there = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError):
+        return (url,)
+    return type(files), path_there.strip("/")
+
+
 class LocalStore:
     """A folder on this machine."""
 
@@ -161,7 +182,14 @@ class LocalStore:
 
     def delete(self, name: str) -> None:
         """See `Store`."""
-        (self._folder / name).unlink(missing_ok=True)
+        with self._named(self._folder / name):
+            (self._folder / name).unlink(missing_ok=True)
+
+    def adopt(self, folder: str, name: str) -> None:
+        """See `Store`."""
+        final = self._folder / name
+        with self._named(final):
+            (self._folder / folder / name).replace(final)
 
     def _named(self, file: Path, *, only: frozenset[int] | None = None) -> contextlib.AbstractContextManager[None]:
         return _as_output_error(str(file), only=only, resumes=self._resumes)
@@ -171,15 +199,14 @@ class LocalStore:
         with contextlib.suppress(OSError):  # not empty: somebody has begun anew
             self._folder.rmdir()
 
-    def sweep(self, names: Iterable[str]) -> None:
+    def sweep(self, is_ours: Callable[[str], bool]) -> None:
         """See `Store`."""
-        prefixes = tuple(f".{name}." for name in names)
         try:
             left = [entry for entry in os.scandir(self._folder) if _is_temporary(entry.name)]
         except FileNotFoundError:
             return
         for entry in left:
-            if entry.name.startswith(prefixes):
+            if is_ours(entry.name[1:].rsplit(".", 2)[0]):
                 Path(entry.path).unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -267,13 +294,19 @@ class RemoteStore:
         with _as_remote_error(self.path(name)), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._prefix}/{name}")
 
+    def adopt(self, folder: str, name: str) -> None:
+        """See `Store`."""
+        self.delete(name)  # some file systems move nothing onto a file
+        with _as_remote_error(self.path(name)):
+            self._fs.mv(f"{self._prefix}/{folder}/{name}", f"{self._prefix}/{name}")
+
     def delete_if_empty(self) -> None:
         """See `Store`; object stores have no folders to remove."""
         with contextlib.suppress(Exception):
             self._fs.invalidate_cache()
             self._fs.rmdir(self._prefix)
 
-    def sweep(self, names: Iterable[str]) -> None:
+    def sweep(self, is_ours: Callable[[str], bool]) -> None:
         """See `Store`; what is half-written lies on the machine that wrote it."""
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ import polars as pl
 
 from zscore.errors import TableError, UsageError
 from zscore.parquet import METADATA_KEY, ROWS_PER_GROUP
-from zscore.store import is_local, open_store, split_out
+from zscore.store import identity, is_local, open_store, split_out
 from zscore.tables import is_ok, would_read
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def check_targets(
                     f"{option} {target} would be read as a part of {source} from then on: write it somewhere else"
                 )
         for other, path in taken.items():
-            if _same_file(target, path):
+            if identity(target) == identity(path):
                 raise UsageError(f"{option} and {other} name the same file, {target}: give another name")
         taken[option] = target
 
@@ -70,19 +70,12 @@ def _among(target: str, files: Sequence[str]) -> str | None:
     """Which of the files, all of which exist, the target is."""
     if is_local(target) and not _local(target).resolve().exists():  # no need to look at a hundred thousand shards
         return None
-    return next((file for file in files if _same_file(target, file)), None)
+    sought = identity(target)
+    return next((file for file in files if identity(file) == sought), None)
 
 
 def _local(path: str) -> Path:
     return Path(path.removeprefix("file://").removeprefix("local://"))
-
-
-def _same_file(left: str, right: str) -> bool:
-    """Whether two paths or urls lead to one file, through links too."""
-    if not (is_local(left) and is_local(right)):
-        return left == right
-    one, two = _local(left), _local(right)
-    return one.resolve() == two.resolve() or (one.exists() and two.exists() and one.samefile(two))
 
 
 @contextlib.contextmanager

@@ -1,10 +1,9 @@
 """Passes some samples of a tar on as they lie: header blocks, long-name and pax blocks, contents and padding, raw.
 
-    shard → Carrier → TarReader (`zscore.tar`) → Passages → the bytes of each wanted sample, into a file descriptor
+    shard → Carrier → TarReader (`zscore.tar`) → `zscore.passages` → the bytes of each wanted sample, into a descriptor
 
 A carrier feeds the tar reader and notices where members begin. That of a local tar reads headers only and lets the
 kernel copy the rest; anything else (remote, gzipped) goes by as a stream, and what is wanted of it is set aside.
-Samples are counted and keyed exactly as in `zscore.samples`, since a row names its sample by that number.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from zscore.file_copy import CHUNK, copy_range, write_all
 from zscore.records import Status
-from zscore.samples import split_name
 from zscore.stores import ShardFault, is_remote
 from zscore.streams import open_stream
 from zscore.tar import BLOCK, Kind, TarReader
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Iterator
 
+    from zscore.passages import Passage
     from zscore.streams import Stream
 
     Member = tuple[int, str, Kind]
@@ -35,35 +34,10 @@ if TYPE_CHECKING:
 WINDOW = 4096
 # A wanted sample of a stream waits here until it is whole.
 SPOOL_BYTES = 64 << 20
-# Name, size (without its last byte), checksum, type, first byte of the ustar prefix.
-_HEADER = struct.Struct("100s24x11s13x8sc188xc")
+# Name, size and what ends it, checksum, type, first byte of the ustar prefix.
+_HEADER = struct.Struct("100s24x11sc12x8sc188xc")
 GZIP_MAGIC = b"\x1f\x8b"
-_FILE, _SPARSE, _FOLDER = Kind.FILE, Kind.SPARSE, Kind.FOLDER
-
-
-class Passage:
-    """One wanted sample and where its bytes lie."""
-
-    __slots__ = ("index", "key", "spans", "suffixes")
-
-    def __init__(self, index: int, key: str, suffixes: set[str]) -> None:
-        self.index = index
-        self.key = key
-        self.suffixes = suffixes
-        self.spans: list[tuple[int, int]] = []
-        """Of its members, headers included; neighbours are joined."""
-
-    def add(self, start: int, end: int) -> None:
-        """Append a member."""
-        if self.spans and self.spans[-1][1] == start:
-            self.spans[-1] = (self.spans[-1][0], end)
-        else:
-            self.spans.append((start, end))
-
-    @property
-    def size(self) -> int:
-        """Bytes in all."""
-        return sum(end - start for start, end in self.spans)
+_FILE, _FOLDER = Kind.FILE, Kind.FOLDER
 
 
 class Reading(Protocol):
@@ -102,56 +76,6 @@ class Carrier(Protocol):
         """Append the bytes of a wanted sample to a file descriptor."""
 
 
-class Passages:
-    """Iterates over the wanted samples of one shard.
-
-    Copy a sample before the next is asked for, unless the carrier `can_wait`.
-
-    Args:
-        carrier: of the shard.
-        wanted: numbers of the samples that are yielded; all others are passed over.
-        stand_ins: suffixes for which a link counts as a file of the sample (see `zscore.samples`).
-
-    Raises:
-        ShardFault: while iterating: the tar ends early, is damaged, or has a global header.
-    """
-
-    def __init__(self, carrier: Carrier, wanted: Collection[int], stand_ins: Collection[str]) -> None:
-        self._carrier = carrier
-        self._wanted = wanted
-        self._stand_ins = stand_ins
-        self.samples = 0
-        """Begun so far; all of the shard's at the end."""
-
-    def __iter__(self) -> Iterator[Passage]:
-        """Yields each wanted sample once it is whole."""
-        carrier, wanted, stand_ins = self._carrier, self._wanted, self._stand_ins
-        key, suffixes = None, set[str]()
-        run: Passage | None = None
-        begun = -1
-        for start, name, kind in carrier.members():
-            if begun >= 0:
-                assert run is not None
-                run.add(begun, start)
-                begun = -1
-            if kind is _FOLDER or (split := split_name(name)) is None:
-                continue
-            if kind is not _FILE and kind is not _SPARSE and split[1] not in stand_ins:
-                continue
-            if split[0] != key or split[1] in suffixes:
-                if run is not None:
-                    yield run
-                key, suffixes = split[0], set()
-                run = Passage(self.samples, key, suffixes) if self.samples in wanted else None
-                self.samples += 1
-            suffixes.add(split[1])
-            if run is not None:
-                carrier.keep()
-                begun = start
-        if run is not None:
-            yield run
-
-
 def read_members(carrier: Reading) -> Iterator[Member]:
     """The members that a tar reader finds, from where the carrier stands to the end of the archive.
 
@@ -161,7 +85,12 @@ def read_members(carrier: Reading) -> Iterator[Member]:
     tar = TarReader(carrier)  # type: ignore[arg-type]  # reads, skips and knows its position: all that it uses
     while True:
         carrier.first = None
-        more = tar.advance()
+        try:
+            more = tar.advance()
+        except ShardFault as fault:
+            if fault.between_members and carrier.first is not None:
+                yield carrier.first, "", _FOLDER  # where the last member ends, which is whole
+            raise
         start = carrier.position if carrier.first is None else carrier.first
         if not more:
             # The end of the last member; no sample has this name.
@@ -194,9 +123,12 @@ class LocalCarrier:
                 if last < 0:
                     break
             # The common case of _plain_member, in line: a call would cost a third more.
-            name, length, checksum, kind, prefix = _HEADER.unpack_from(window, at)
-            if kind == b"0" and prefix == b"\0" and length.isdigit() and _sum_of(window, at) == _SUMS[checksum]:
-                end = position + BLOCK + (int(length, 8) + BLOCK - 1 & -BLOCK)
+            name, length, stop, checksum, kind, prefix = _HEADER.unpack_from(window, at)
+            if kind == b"0" and prefix == stop == b"\0" and length.isdigit() and _sum_of(window, at) == _SUMS[checksum]:
+                try:
+                    end = position + BLOCK + (int(length, 8) + BLOCK - 1 & -BLOCK)
+                except ValueError:  # an 8 or a 9
+                    break
             else:
                 plain = _plain_member(window, at)
                 if plain is None and at:  # perhaps the window just ends too early
@@ -254,10 +186,10 @@ def _plain_member(window: bytes, at: int) -> tuple[int, bytes] | None:
     """
     if at + BLOCK > len(window):
         return None
-    name, size, checksum, kind, prefix = _HEADER.unpack_from(window, at)
-    if not size.isdigit() or _sum_of(window, at) != _SUMS[checksum]:
+    name, size, stop, checksum, kind, prefix = _HEADER.unpack_from(window, at)
+    length = _octal(size) if stop in {b"\0", b" "} else -1  # twelve digits are one number
+    if length < 0 or _sum_of(window, at) != _SUMS[checksum]:
         return None
-    length = int(size, 8)
     end = at + BLOCK + length + -length % BLOCK
     if kind == b"x":
         said = window[at + BLOCK : end]
@@ -268,6 +200,14 @@ def _plain_member(window: bytes, at: int) -> tuple[int, bytes] | None:
     return end, name
 
 
+def _octal(digits: bytes) -> int:
+    """-1 for what isn't a number, as with an 8 or a 9 in it."""
+    try:
+        return int(digits, 8) if digits.isdigit() else -1
+    except ValueError:
+        return -1
+
+
 class _Sums(dict[bytes, int]):
     """Low half of a header's Adler-32 (1 plus the sum of its bytes, modulo 65521) by its checksum field.
 
@@ -275,8 +215,8 @@ class _Sums(dict[bytes, int]):
     """
 
     def __missing__(self, field: bytes) -> int:
-        usual = field[:6].isdigit() and field[6] == 0
-        self[field] = value = (int(field[:6], 8) - 8 * 32 + sum(field) + 1) % 65521 if usual else -1
+        said = _octal(field[:6]) if field[6] == 0 else -1
+        self[field] = value = (said - 8 * 32 + sum(field) + 1) % 65521 if said >= 0 else -1
         if len(self) > 1 << 16:
             self.clear()
         return value

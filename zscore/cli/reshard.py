@@ -21,14 +21,17 @@ def reshard(
     add_scores: Annotated[
         bool, typer.Option("--add-scores", help="Add KEY.zscore.json with the row's scores.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this prefix.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output of this prefix in the end.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
 ) -> None:
     """Copy kept samples into new webdataset shards, every member byte for byte, and index them for wids.
 
     Samples come in the order of the source shards. Nothing is decoded. Finished shards are kept: the same command
     resumes, and does again what a power cut has cut. Two neighbours of one key go into different shards, since readers
-    would take them for one sample.
+    would take them for one sample. With --overwrite the earlier output stays until the new one is complete. Links that
+    stand for neither a picture nor a text stay behind, with a warning.
 
     \b
     Examples:
@@ -54,6 +57,12 @@ def reshard(
             typer.echo(f"{shard.name}: {shard.samples:,} samples, {shard.size / 1e6:,.1f} MB", err=True)
 
     result = run(open_scores(kept), options, show)
+    if result.links:
+        typer.echo(
+            f"{result.links:,} links inside kept samples stayed behind, as webdataset passes over them: "
+            "pack the shards with --dereference --hard-dereference to have files",
+            err=True,
+        )
     if quiet:
         return
     if not result.shards:

@@ -18,12 +18,12 @@ from PIL import Image
 
 from zscore.errors import TableError
 from zscore.images import decode
+from zscore.passages import StandIns
 from zscore.patches import PixelOptions
 from zscore.records import Failure, ShardRef
 from zscore.samples import ReadOptions, read_samples
 from zscore.sources import locate
 from zscore.tar import BLOCK
-from zscore.texts import GZIP_SUFFIX, parse_sources, parse_suffixes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -96,7 +96,7 @@ def read_thumbnails(
         [{"shard": shard, "index": index, "key": row["key"]} for (shard, index), row in by_sample.items()]
     )
     reads = _read_options(options)
-    for source in locate(wanted, shards):
+    for source in locate(wanted, shards, checks_pictures=True):
         digests = {index: by_sample[source.name, index].get("sha256") for index in source.rows["index"].to_list()}
         made, fault = _of_shard(source, reads, digests, most)
         found.by_sample |= {(source.name, index): picture for index, picture in made.items()}
@@ -137,7 +137,7 @@ def _read_options(options: Sequence[Mapping[str, Any]]) -> list[ReadOptions]:
 
 def _pictures(source: Source, read: ReadOptions) -> Iterable[tuple[int, bytes | Failure]]:
     """The wanted samples' pictures: each sample is copied into a tar of its own and read as scoring reads it."""
-    for passage, carrier in source.passages(-1, _stand_ins(read), lambda: None):
+    for passage, carrier in source.passages(-1, StandIns.of(read), lambda: None):
         with tempfile.NamedTemporaryFile(prefix="zscore-", suffix=".tar") as file:
             carrier.copy(passage, file.fileno())
             file.seek(0, io.SEEK_END)
@@ -145,13 +145,6 @@ def _pictures(source: Source, read: ReadOptions) -> Iterable[tuple[int, bytes | 
             file.flush()
             sample = next(read_samples(ShardRef(file.name, source.name, -1, ""), read))
         yield passage.index, sample.failure or sample.image
-
-
-def _stand_ins(read: ReadOptions) -> frozenset[str]:
-    """Suffixes for which a link counts as a file of its sample, thus for the numbers of the samples behind it."""
-    texts = {source.suffix for source in parse_sources(read.prompt_keys)} | ({"json"} if read.group_key else set())
-    images = parse_suffixes(read.image_keys, "image_keys")
-    return frozenset({*images, *texts, *(text + GZIP_SUFFIX for text in texts)})
 
 
 def _thumbnail(data: bytes | Failure, digest: str | None, most: int) -> Thumbnail | str:
