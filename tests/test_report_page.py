@@ -334,6 +334,16 @@ def test_the_most_pictures_leave_a_page_that_can_be_mailed(tmp_path: Path) -> No
     assert 8_000_000 < summary.size <= 10_000_000
 
 
+def test_long_errors_and_metadata_leave_a_page_that_can_be_mailed(tmp_path: Path) -> None:
+    rows = [row(0), row(1, status="bad_image", error="e" * 11_000_000)]
+    steps = [{"command": "filter", "criteria": {"min": "m" * 3_000_000}}] * 4
+    path = write_scores(tmp_path / "s.parquet", rows, derived=steps, note="n" * 11_000_000)
+    page, summary = report(path, tmp_path)
+    assert summary.size < 2_000_000
+    assert "eee…" in page.text
+    assert "mmm…" in page.text
+
+
 def test_files_that_were_scored_with_other_options_have_pictures(tmp_path: Path) -> None:
     for name, keys in (("a", "png"), ("b", "out.png")):
         members = [("k.png", png(1)), ("k.out.png", png(2)), ("k.txt", b"t")]
@@ -440,6 +450,15 @@ def test_the_page_is_never_written_over_a_remote_shard(tmp_path: Path) -> None:
         write_report(
             open_scores(str(path)), ReportOptions(out="memory://sh/t-0000.tar", shards=("memory://sh/t-0000.tar",))
         )
+
+
+@pytest.mark.parametrize("scheme", ["memory:///", "memory://"])
+def test_the_page_is_never_written_over_a_shard_by_another_spelling(tmp_path: Path, scheme: str) -> None:
+    fsspec.filesystem("memory").pipe_file("/spelled/a.tar", b"shard")
+    path = write_scores(tmp_path / "s.parquet", [row(0)])
+    options = ReportOptions(out="memory://spelled/a.tar", shards=(f"{scheme}spelled/a.tar",))
+    with pytest.raises(UsageError, match="is the shard"):
+        write_report(open_scores(str(path)), options)
 
 
 @pytest.mark.parametrize("source", ["parts", "parts/*.parquet"])

@@ -61,7 +61,8 @@ def test_galleries_are_what_a_sort_gives(tmp_path: Path, seed: int) -> None:
 def test_ties_go_by_the_order_of_the_table(tmp_path: Path) -> None:
     scores = opened(tmp_path, [row(n, means=3) for n in range(9)])
     made = galleries(scores, 3)
-    assert places(made["Best"]) == places(made["Worst"]) == [0, 1, 2]
+    assert (places(made["Best"]), places(made["Worst"])) == ([0, 1, 2], [3, 4, 5])
+    assert places(made["Most uncertain"]) == [0, 1, 2]
 
 
 def test_a_picture_is_shown_once_a_gallery(tmp_path: Path) -> None:
@@ -77,7 +78,20 @@ def test_however_often_a_picture_occurs_the_gallery_is_full(tmp_path: Path, copi
     scores = opened(tmp_path, rows)
     expected = [0, *range(copies, 1000)][:12]
     assert places(galleries(scores, 12)["Best"]) == expected
-    assert len(places(galleries(scores, 12)["Worst"])) == min(12, 1000 - copies + 1)
+    assert "Worst" not in galleries(scores, 12) if copies == 1000 else len(galleries(scores, 12)["Worst"].rows) == 12
+
+
+@pytest.mark.parametrize("pictures", [2, 3, 14])
+def test_no_picture_is_best_and_worst(tmp_path: Path, pictures: int) -> None:
+    rows = [
+        row(n, means=1 + (n * 37 % 480) / 120, sha256=hashlib.sha256(bytes([n % pictures])).hexdigest())
+        for n in range(480)
+    ]
+    made = galleries(opened(tmp_path, rows), 12)
+    best, worst = ({shown["sha256"] for shown in made[title].rows} for title in ("Best", "Worst"))
+    assert not best & worst
+    assert (len(best), len(worst)) == ((pictures + 1) // 2, pictures // 2)
+    assert len(made["Most uncertain"].rows) == min(12, pictures)
 
 
 def test_pictures_without_a_digest_are_all_different(tmp_path: Path) -> None:

@@ -42,6 +42,15 @@ class TestNames:
     def test_another_common_root(self, row, given):
         assert names_of(locate(kept((row, 0)), shards(given))) == [(given, row, [0])]
 
+    def test_a_file_name_alone_is_not_enough(self):
+        """Two runs' shards are called alike, and often their samples too."""
+        with pytest.raises(TableError, match=r"'run1/a\.tar' and /one/run2/a\.tar share no more than a file name"):
+            locate(kept(("run1/a.tar", 0)), shards("run2/a.tar", root="/one"))
+        for row in ("a.tar", "run2/a.tar", "data/run2/a.tar", "one/run2/a.tar"):
+            assert len(locate(kept((row, 0)), shards("run2/a.tar", root="/one"))) == 1
+        given = shards("run2/a.tar", root="/one")
+        assert len(locate(kept(("run1/a.tar", 0)), given, checks_pictures=True)) == 1
+
     def test_only_whole_names_count(self):
         with pytest.raises(TableError, match=r"1 of the 1 shards that the rows name aren't in --shards: a\.tar"):
             locate(kept(("a.tar", 0)), shards("ba.tar"))

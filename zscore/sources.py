@@ -81,12 +81,13 @@ class Source:
         return f"sample {wanted[-left]}{more} of {self.shard.name}"
 
 
-def locate(wanted: pl.LazyFrame, shards: Sequence[ShardRef]) -> list[Source]:
+def locate(wanted: pl.LazyFrame, shards: Sequence[ShardRef], *, checks_pictures: bool = False) -> list[Source]:
     """The source shards of which something is wanted, in their order.
 
     Args:
         wanted: rows with `shard` and `index`, and perhaps `key`.
         shards: where to look.
+        checks_pictures: whether the caller compares contents, so that it may look into a shard of another folder.
 
     Raises:
         TableError: a row names no sample, one that another row names, or a shard that isn't there.
@@ -105,6 +106,12 @@ def locate(wanted: pl.LazyFrame, shards: Sequence[ShardRef]) -> list[Source]:
         for part in rows.partition_by("shard", maintain_order=True)
     }
     found = _located(list(by_name), shards)
+    for shard in () if checks_pictures else shards:
+        if shard.url in found and _is_elsewhere(shard, found[shard.url]):
+            raise TableError(
+                f"the rows' shard '{found[shard.url]}' and {shard.url} share no more than a file name: give --shards "
+                "from the same folder as in scoring, or call the folder as it was called"
+            )
     return [Source(shard, found[shard.url], by_name[found[shard.url]]) for shard in shards if shard.url in found]
 
 
@@ -131,6 +138,13 @@ def _located(names: Sequence[str], shards: Sequence[ShardRef]) -> dict[str, str]
     if len(found) < len(names):
         raise TableError("two shard names of the rows stand for the same file: give --shards as in scoring")
     return found
+
+
+def _is_elsewhere(shard: ShardRef, name: str) -> bool:
+    """Whether both say a folder, and not the same: shards of two runs are often called alike."""
+    folder, _, file = name.rpartition("/")
+    there = f"{folder.rpartition('/')[2]}/{file}"
+    return bool(folder) and shard.name != name and not f"/{shard.url}".endswith(f"/{there}")
 
 
 def _same_end(shard: ShardRef, name: str) -> bool:

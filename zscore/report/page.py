@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from zscore.report.cards import MOST_NAME, MOST_PROMPT, shorten
 from zscore.report.provenance import facts_of
 from zscore.report.summary import WIDTH_BINS
 from zscore.report.tables import threshold_table
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "charts.js", "report.js")
 STYLE = "report.css"
+# Of what the table says of itself, which may be anything; the page is to be mailed.
+MOST_FACTS, MOST_FOOTER = 200, 200_000
 LICENCES = {"D3": "vendor/d3.LICENSE", "Observable Plot": "vendor/plot.LICENSE"}
 # Observable Plot gives every drawing this style element, which the policy has to know; `charts.js` sets the class.
 PLOT_STYLE = """:where(.plot) {
@@ -170,10 +173,15 @@ def render(page: Page) -> str:
         style=_asset(STYLE),
         scripts=[_asset(name) for name in SCRIPTS],
         licences={name: _asset(file) for name, file in LICENCES.items()},
-        facts=facts_of(page.metadata),
-        footer=json.dumps(_short(page.metadata), indent=2, ensure_ascii=False, sort_keys=True),
+        facts=_facts(page.metadata),
+        footer=shorten(json.dumps(_short(page.metadata), indent=2, ensure_ascii=False, sort_keys=True), MOST_FOOTER),
         table_lines=threshold_table(page.thresholds, page.grid, page.levels, page.scored) if page.grid else [],
     )
+
+
+def _facts(metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = facts_of(metadata)[:MOST_FACTS]
+    return [(shorten(label, MOST_NAME), shorten(text, MOST_PROMPT)) for label, text in facts]
 
 
 def _short(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The rows that a report shows: best, worst, most uncertain, and some groups side by side.
 
-Ties go by the position in the table, and a picture that lies in it several times is shown once a gallery.
+Ties go by the position in the table. A picture that lies in it several times is shown once a gallery, and is among the
+best or the worst but not both.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from zscore.report.summary import Grid, Numbers
     from zscore.tables import Scores
 
-# So many candidates a place are looked at first, so that copies of one picture leave enough others; then ever more.
-COPIES = 8
+# Rows that are looked at together, so that only so many become numbers of Python's own.
+LOOK = 1 << 12
 GROUP_SIZE = 8
 _BASE = ("shard", "index", "key", "prompt", "group", "width", "height", "sha256")
 
@@ -73,25 +74,21 @@ class GroupStats:
 
 
 def choose_galleries(scores: Scores, columns: Columns, numbers: Numbers, top: int) -> list[Gallery]:
-    """Best, worst and most uncertain rows, `top` of each at most."""
+    """Best, worst and most uncertain rows, `top` of each at most; no picture is among the best and the worst."""
     lead_N = numbers.score[columns.lead]
-    # Best and worst shouldn't be the same few pictures.
-    each = min(top, (len(numbers) + 1) // 2)
+    picture_N = _pictures(scores, numbers)
+    each = min(top, (len(np.unique(picture_N)) + 1) // 2)
     name = columns.lead
-    orders = [
-        ("Best", f"The highest {name}.", _order(-lead_N), each),
-        ("Worst", f"The lowest {name}.", _order(lead_N), each),
-    ]
+    best = _choose(_order(-lead_N), picture_N, each)
+    worst = _choose(_order(lead_N), picture_N, each, frozenset(picture_N[best].tolist()))
+    chosen = [("Best", f"The highest {name}.", best), ("Worst", f"The lowest {name}.", worst)]
     if columns.stds:
         wide_N = np.asarray([numbers.std[dimension] for dimension in columns.stds], np.float64).mean(axis=0)
         note = "The widest distributions, by the mean of the dimensions’ standard deviations."
-        orders.append(("Most uncertain", note, _order(-wide_N), top))
-    kept = _choose(scores, [(numbers.row_N[order_N], count) for _, _, order_N, count in orders])
-    details = read_rows(scores, columns, {row for rows in kept for row in rows})
-    return [
-        Gallery(title, note, [details[row] for row in rows])
-        for (title, note, _, _), rows in zip(orders, kept, strict=True)
-    ]
+        chosen.append(("Most uncertain", note, _choose(_order(-wide_N), picture_N, top)))
+    kept = [(title, note, numbers.row_N[places].tolist()) for title, note, places in chosen if places]
+    details = read_rows(scores, columns, {row for _, _, rows in kept for row in rows})
+    return [Gallery(title, note, [details[row] for row in rows]) for title, note, rows in kept]
 
 
 def _order(keys_N: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
@@ -99,33 +96,32 @@ def _order(keys_N: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
     return np.argsort(keys_N, kind="stable")
 
 
-def _choose(scores: Scores, orders: list[tuple[NDArray[np.uint32], int]]) -> list[list[int]]:
-    """Of every order of rows the first that show different pictures, as many as it asks for or the table has."""
-    digests: dict[int, str | None] = {}
-    looked = max(count for _, count in orders) * COPIES
-    while True:
-        looks = [order_N[:looked].tolist() for order_N, _ in orders]
-        digests |= _digests(scores, {row for rows in looks for row in rows} - digests.keys())
-        kept = [_distinct(rows, digests)[:count] for rows, (_, count) in zip(looks, orders, strict=True)]
-        are_full = all(len(rows) == count for rows, (_, count) in zip(kept, orders, strict=True))
-        if are_full or looked >= len(orders[0][0]):
-            return kept
-        looked *= COPIES
+def _choose(
+    order_N: NDArray[np.int64], picture_N: NDArray[np.uint64], count: int, taken: frozenset[int] = frozenset()
+) -> list[int]:
+    """The first `count` positions in the order that show different pictures, none of which is taken."""
+    chosen: list[int] = []
+    seen = set(taken)
+    for start in range(0, len(order_N), LOOK):
+        places = order_N[start : start + LOOK]
+        for place, picture in zip(places.tolist(), picture_N[places].tolist(), strict=True):
+            if len(chosen) == count:
+                return chosen
+            if picture not in seen:
+                seen.add(picture)
+                chosen.append(place)
+    return chosen
 
 
-def _digests(scores: Scores, rows: set[int]) -> dict[int, str | None]:
+def _pictures(scores: Scores, numbers: Numbers) -> NDArray[np.uint64]:
+    """A number for the picture of every scored row, 8 bytes a row; a row without a digest has a picture of its own."""
     if "sha256" not in scores.schema:
-        return {}
-    found = fetch(_rows(scores, rows).select(ROW, "sha256"), scores.name)
-    return dict(found.iter_rows())
-
-
-def _distinct(rows: Iterable[int], digests: dict[int, str | None]) -> list[int]:
-    """Rows whose picture didn't come before."""
-    first: dict[str | int, int] = {}
-    for row in rows:
-        first.setdefault(digests.get(row) or row, row)
-    return list(first.values())
+        return numbers.row_N.astype(np.uint64)
+    digest = pl.coalesce(pl.col("sha256").cast(pl.String), pl.col(ROW).cast(pl.String)).hash()
+    found = fetch(scores.frame.with_row_index(ROW).select(ROW, digest.alias("picture")), scores.name)
+    by_row = np.empty(found.height, np.uint64)
+    by_row[found[ROW].to_numpy()] = found["picture"].to_numpy()
+    return by_row[numbers.row_N]
 
 
 def _rows(scores: Scores, rows: Iterable[int]) -> pl.LazyFrame:

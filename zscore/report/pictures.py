@@ -96,7 +96,7 @@ def read_thumbnails(
         [{"shard": shard, "index": index, "key": row["key"]} for (shard, index), row in by_sample.items()]
     )
     reads = _read_options(options)
-    for source in locate(wanted, shards):
+    for source in locate(wanted, shards, checks_pictures=True):
         digests = {index: by_sample[source.name, index].get("sha256") for index in source.rows["index"].to_list()}
         made, fault = _of_shard(source, reads, digests, most)
         found.by_sample |= {(source.name, index): picture for index, picture in made.items()}

@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 
 from zscore.records import Status
+from zscore.report.cards import MOST_FAULT, MOST_NAME, shorten
 from zscore.report.columns import scored
 from zscore.table_output import fetch
 from zscore.tables import ROW, is_ok
@@ -122,10 +123,12 @@ def read_statuses(scores: Scores) -> list[StatusCount]:
     )
     made = [
         StatusCount(
-            status=str(row["status"]),
+            status=shorten(str(row["status"]), MOST_NAME),
             count=row["count"],
-            example="" if row["status"] == Status.OK else f"{row['shard']}, sample {row['index']}",
-            error=row["error"] or "",
+            example=""
+            if row["status"] == Status.OK
+            else f"{shorten(str(row['shard']), MOST_NAME)}, sample {row['index']}",
+            error=shorten(row["error"] or "", MOST_FAULT),
         )
         for row in found.iter_rows(named=True)
     ]
