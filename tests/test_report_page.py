@@ -474,15 +474,6 @@ def test_the_page_is_never_written_over_a_shard_by_another_spelling(tmp_path: Pa
 
 
 @pytest.mark.parametrize("source", ["parts", "parts/*.parquet"])
-@pytest.mark.parametrize("scheme", ["memory:///", "memory://"])
-def test_the_page_is_never_written_over_a_shard_by_another_spelling(tmp_path: Path, scheme: str) -> None:
-    fsspec.filesystem("memory").pipe_file("/spelled/a.tar", b"shard")
-    path = write_scores(tmp_path / "s.parquet", [row(0)])
-    options = ReportOptions(out="memory://spelled/a.tar", shards=(f"{scheme}spelled/a.tar",))
-    with pytest.raises(UsageError, match="is the shard"):
-        write_report(open_scores(str(path)), options)
-
-
 def test_the_page_never_becomes_a_part_of_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
