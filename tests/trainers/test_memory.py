@@ -71,7 +71,8 @@ def test_resident_memory_follows_what_is_touched_and_given_back(benchmark):
     resident = benchmark("_memory").Resident()
     resident.rest()
     bytes_of = torch.ones(25_000_000).nbytes
-    assert bytes_of <= resident.peak() < 1.3 * bytes_of
+    # Some pages of it may have been resident before, on the allocator's free list.
+    assert 0.99 * bytes_of < resident.peak() < 1.3 * bytes_of
     resident.rest()
     assert resident.peak() < 0.1 * bytes_of
 

@@ -232,7 +232,8 @@ class TestReference:
 
 class TestOpd:
     def opd(self, sampling, teacher, **options):
-        return Opd(OpdConfig(batch_size=4, **options), Order(8, 4), 4, sampling, teacher)
+        config = OpdConfig(**({"batch_size": 4} | options))
+        return Opd(config, Order(8, config.batch_size), 4, sampling, teacher)
 
     @pytest.mark.parametrize("against", ["old", "live"])
     def test_a_student_that_is_its_teacher_has_nothing_to_learn(self, sampling, policy, model, against):
@@ -250,8 +251,8 @@ class TestOpd:
         with torch.no_grad():
             policy.model.get_output_embeddings().weight.mul_(0.6)
         before = float(token_logprobs(policy, batch, LIMIT).mean())
-        algorithm = self.opd(sampling, world_set.load(model), micro_batch=4)
-        Engine(policy, algorithm, EngineConfig(steps=20, learning_rate=5e-4), tmp_path).run()
+        algorithm = self.opd(sampling, world_set.load(model), batch_size=8)
+        Engine(policy, algorithm, EngineConfig(steps=30, learning_rate=5e-4), tmp_path).run()
         assert float(token_logprobs(policy, batch, LIMIT).mean()) > 0.8 * before
 
     def test_a_batch_that_ranks_cant_share(self, sampling, model):
