@@ -147,7 +147,8 @@ def main() -> None:
             for side, arguments in sides.items():
                 found[side].append(run(*arguments))
                 sizes[side] = page.stat().st_size
-        if page.read_text().count("<img ") < shown:
+        text = page.read_text()
+        if text.count("<image ") + text.count("<use ") < shown:
             raise SystemExit("some thumbnails are missing")
         table_size = table.stat().st_size
     report(
