@@ -73,6 +73,19 @@ class Order:
         orders = {int(number): self._shuffled(int(number)) for number in np.unique(passes)}
         return np.array([orders[number][at] for number, at in zip(passes.tolist(), within.tolist(), strict=True)])
 
+    def share(self, step: int, rank: int, ranks: int) -> list[int]:
+        """One rank's part of a step's batch."""
+        return [int(number) for number in self.indices(step)[rank::ranks]]
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse a batch that the ranks can't share evenly.
+
+        Raises:
+            ValueError: names both.
+        """
+        if self.batch % ranks:
+            raise ValueError(f"a batch of {self.batch} can't be shared by {ranks} ranks")
+
     def _shuffled(self, number: int) -> NDArray[np.int64]:
         return np.random.default_rng((self.seed, number)).permutation(self.count)
 

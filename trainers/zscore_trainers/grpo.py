@@ -118,7 +118,7 @@ class Grpo:
         sampling: Sampling,
         reference: Reference | None = None,
     ) -> None:
-        sampling.check(config.batch_size)
+        order.check_ranks(sampling.ranks)
         if config.beta and reference is None:
             raise ValueError(f"beta is {config.beta}: a reference is wanted")
         self._config = config

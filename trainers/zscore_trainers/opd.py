@@ -66,7 +66,7 @@ class Opd:
         sampling: Sampling,
         teacher: ScorePolicy,
     ) -> None:
-        sampling.check(config.batch_size)
+        order.check_ranks(sampling.ranks)
         self._config = config
         self._order = order
         self._dimensions = dimensions

@@ -52,18 +52,17 @@ class RewardDance:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        if config.batch_size % ranks:
-            raise ValueError(f"a batch of {config.batch_size} can't be shared by {ranks} ranks")
+        order.check_ranks(ranks)
         self._config = config
         self._order = order
         self._collator = collator
         self._told = told
-        self._share = slice(rank, None, ranks)
+        self._rank, self._ranks = rank, ranks
 
     def backward(self, policy: ScorePolicy, step: int) -> Mapping[str, float]:
         """Add the gradients of one batch."""
         device = next(policy.parameters()).device
-        mine = [self._told[index] for index in self._order.indices(step)[self._share]]
+        mine = [self._told[index] for index in self._order.share(step, self._rank, self._ranks)]
         total = 0.0
         for start in range(0, len(mine), self._config.micro_batch):
             some = mine[start : start + self._config.micro_batch]

@@ -43,16 +43,15 @@ class Risd:
     """Gradients of algorithm 2; see `zscore_trainers.engine.Algorithm`."""
 
     def __init__(self, config: RisdConfig, order: Order, collate: Collate, *, rank: int = 0, ranks: int = 1) -> None:
-        if config.batch_size % ranks:
-            raise ValueError(f"a batch of {config.batch_size} can't be shared by {ranks} ranks")
+        order.check_ranks(ranks)
         self._config = config
         self._order = order
         self._collate = collate
-        self._share = slice(rank, None, ranks)
+        self._rank, self._ranks = rank, ranks
 
     def backward(self, policy: ScorePolicy, step: int) -> Mapping[str, float]:
         """Add the gradients of one batch."""
-        mine = self._order.indices(step)[self._share].tolist()
+        mine = self._order.share(step, self._rank, self._ranks)
         totals = torch.zeros(3, dtype=torch.float64)
         for start in range(0, len(mine), self._config.micro_batch):
             some = mine[start : start + self._config.micro_batch]

@@ -101,18 +101,9 @@ class Sampling:
     rank: int = 0
     ranks: int = 1
 
-    def check(self, batch: int) -> None:
-        """Refuse a batch that the ranks can't share.
-
-        Raises:
-            ValueError: names both.
-        """
-        if batch % self.ranks:
-            raise ValueError(f"a batch of {batch} can't be shared by {self.ranks} ranks")
-
     def share(self, order: Order, step: int) -> list[int]:
         """This rank's part of a step's batch."""
-        return [int(number) for number in order.indices(step)[self.rank :: self.ranks]]
+        return order.share(step, self.rank, self.ranks)
 
 
 def check_one_of(name: str, value: str, known: Sequence[str]) -> None:
