@@ -122,11 +122,11 @@ def identity(url: str) -> tuple[object, ...]:
     if "://" in url:
         url = url.rpartition("::")[2]  # a cache in front of it
     if is_local(url):
-        path = Path(url.removeprefix("file://").removeprefix("local://"))
+        path = Path(url.removeprefix("file://").removeprefix("local://")).resolve()
         try:
             info = path.stat()
         except OSError:
-            return (str(path.resolve()),)
+            return (str(path),)
         return info.st_dev, info.st_ino
     try:
         files, path_there = fsspec.core.url_to_fs(url)
