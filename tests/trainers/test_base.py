@@ -13,7 +13,7 @@ from tests.trainers import world_set
 from zscore.demo.student import build_student
 from zscore.patches import PixelOptions, patchify
 from zscore_trainers.policy import ScorePolicy
-from zscore_trainers.world.base import TEXT, Base, BaseConfig, cut, make_base, ratings
+from zscore_trainers.world.base import SHARP, SHARP_GAIN, TEXT, Base, BaseConfig, cut, make_base, prepare, ratings
 from zscore_trainers.world.render import EDGE, Canvas, render, to_uint8
 from zscore_trainers.world.scenes import Scene, Thing
 
@@ -65,6 +65,34 @@ def test_ratings_lie_around_the_truth():
     assert ratings(3.0, RUBRIC).max() < ratings(5.0, RUBRIC).max()  # people agree on what is perfect
 
 
+def test_prepared_weights_are_sharp_eyed_and_calm(start, tmp_path):
+    plain = load_file(start / "model.safetensors")
+    ready = load_file(prepare(build_student(tmp_path / "ready", text=TEXT)) / "model.safetensors")
+    name = "model.visual.patch_embed.proj.weight"
+    sharp = ready[name][:SHARP].float()
+    assert torch.equal(ready[name][SHARP:], plain[name][SHARP:])
+    assert (sharp.sum((2, 3, 4)).abs() < 0.05).all()  # blind to an even ground
+    assert torch.equal(sharp[:, :, 0], sharp[:, :, 1])
+    assert sharp.flatten(1).norm(dim=1).mean() == pytest.approx(SHARP_GAIN / 2**0.5, rel=0.01)
+    ratios = {
+        key: float((ready[key].float().norm() / plain[key].float().norm()).nan_to_num(1.0))
+        for key in plain
+        if key != name
+    }
+    calmed = {key: ratio for key, ratio in ratios.items() if abs(ratio - 1) > 1e-3}
+    assert len(calmed) == 4 * 2 + 2 * 2 + 1  # what writes: two a layer of either stack, and the merger
+    assert sorted({round(ratio, 2) for ratio in calmed.values()}) == [0.03, 0.05, 0.3]
+
+
+def test_stops_early_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("zscore_trainers.world.base.BaseConfig", lambda: BaseConfig(batch_size=4))
+    early = make_base(tmp_path / "run", steps=3, until=1)
+    assert "1 of 3 steps" in json.loads((early / "zscore.json").read_text())["trained"]
+    late = load_file(make_base(tmp_path / "run", steps=3) / "model.safetensors")
+    whole = load_file(make_base(tmp_path / "whole", steps=3) / "model.safetensors")
+    assert all(torch.equal(value, whole[name]) for name, value in late.items())
+
+
 def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr("zscore_trainers.world.base.BaseConfig", lambda: BaseConfig(batch_size=4))
     whole = make_base(tmp_path / "whole", steps=3)
@@ -76,7 +104,7 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     from zscore_trainers import engine
 
     run = engine.Engine.run
-    monkeypatch.setattr(engine.Engine, "run", lambda self, _: run(self, stop))
+    monkeypatch.setattr(engine.Engine, "run", lambda self, _, until=None: run(self, stop, until=until))
     monkeypatch.setattr("zscore_trainers.world.base.SAVE_EVERY", 1)
     with pytest.raises(KeyboardInterrupt):
         make_base(tmp_path / "cut", steps=3)
@@ -84,4 +112,4 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     found = make_base(tmp_path / "cut", steps=3)
     wanted = load_file(whole / "model.safetensors")
     assert all(torch.equal(value, wanted[name]) for name, value in load_file(found / "model.safetensors").items())
-    assert json.loads((found / "zscore.json").read_text())["trained"].startswith("the world's base model, 3 steps")
+    assert json.loads((found / "zscore.json").read_text())["trained"].startswith("the world's base model, 3 of 3 steps")

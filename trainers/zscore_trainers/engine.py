@@ -1,7 +1,7 @@
 """The training loop: step, clip, schedule, log, checkpoint, resume. It knows nothing of any algorithm.
 
     algorithm.backward(policy, step) → gradients   (the only thing an algorithm does to the model)
-    engine: average over ranks (FSDP2) → clip → AdamW → cosine schedule → log → checkpoint every N steps
+    engine: average over ranks (FSDP2) → clip → AdamW (or Muon) → cosine schedule → log → checkpoint every N steps
 
 A checkpoint holds model, optimizer and the number of the next step (`torch.distributed.checkpoint`); batches and seeds
 follow from the step's number, so a run that was killed goes on as if it hadn't been. Over several ranks each writes its
@@ -19,7 +19,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
@@ -29,6 +29,8 @@ from torch.distributed.tensor import DTensor
 from zscore.errors import UsageError
 from zscore_trainers import parallel
 from zscore_trainers.guard import Guard, HedgingError
+from zscore_trainers.optimizers import OptimizerName, make_optimizers, set_rate
+from zscore_trainers.rollouts import check_one_of
 from zscore_trainers.scalars import require, scalars
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class EngineConfig:
     """How to optimise."""
 
     steps: int
+    optimizer: OptimizerName = "adamw"
+    """What updates the matrices; `muon` is for small bodies that learn from scratch."""
     learning_rate: float = 1e-5
     warmup: int = 0
     """Steps until the learning rate is reached."""
@@ -76,6 +80,7 @@ class EngineConfig:
         Raises:
             UsageError: names the setting.
         """
+        check_one_of("optimizer", self.optimizer, get_args(OptimizerName))
         for name in ("steps", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}: at least 1")
@@ -125,9 +130,8 @@ class Engine:
         self._config = config
         self._out = out
         self._settings = json.loads(json.dumps({"engine": deciding(config), **(settings or {})}))
-        # Fused, it makes no copies of a table; the plain one makes two at a time (benchmarks/risd_memory.py).
-        self._optimizer = torch.optim.AdamW(
-            _groups(policy, config), lr=config.learning_rate, betas=config.betas, fused=True
+        self._optimizers = make_optimizers(
+            policy, config.optimizer, betas=config.betas, weight_decay=config.weight_decay
         )
         self._guard = Guard(config.patience)
         if config.tensorboard:
@@ -139,13 +143,20 @@ class Engine:
         self,
         on_step: Callable[[int, Mapping[str, float]], None] | None = None,
         evaluate: Callable[[ScorePolicy], Mapping[str, float]] | None = None,
+        until: int | None = None,
     ) -> None:
         """Train until the last step, from where the run stands.
+
+        Args:
+            on_step: called with the number of steps done and what was logged.
+            evaluate: called every `evaluate_every` steps.
+            until: an earlier step to stop after, with a checkpoint; the run can go on from there.
 
         Raises:
             HedgingError: training figures improve while held-out agreement falls; the last checkpoint is kept.
         """
         config, first = self._config, parallel.rank() == 0
+        last = min(config.steps, until or config.steps)
         if first:
             (self._out / BEGUN).write_text(json.dumps(self._settings))
         self._policy.train()
@@ -154,7 +165,7 @@ class Engine:
             (self._out / "log.jsonl" if first else Path(os.devnull)).open("a") as log,
             scalars(folder, self.step) as write,
         ):
-            while self.step < config.steps:
+            while self.step < last:
                 began = time.perf_counter()
                 found = dict(self._update())
                 found["seconds"] = time.perf_counter() - began
@@ -167,7 +178,7 @@ class Engine:
                 write(self.step, found)
                 if first and on_step is not None:
                     on_step(self.step, found)
-                if self.step % config.save_every == 0 or self.step == config.steps:
+                if self.step % config.save_every == 0 or self.step == last:
                     self.save()
                 complaint = self._guard.see(self.step, found)
                 if complaint is not None:
@@ -176,14 +187,14 @@ class Engine:
     def _update(self) -> Mapping[str, float]:
         """One step of the optimizer."""
         rate = self._config.rate(self.step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self._optimizers, rate)
         found = parallel.averaged(self._algorithm.backward(self._policy, self.step))
         norm = _number(torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._config.clip))
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm} at step {self.step}: lower learning_rate")
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return {**found, "gradient_norm": norm, "learning_rate": rate}
 
@@ -193,7 +204,7 @@ class Engine:
         if parallel.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         parallel.wait()
-        model, optimizer = get_state_dict(self._policy, self._optimizer)
+        model, optimizer = get_state_dict(self._policy, self._optimizers)
         state = {"model": model, "optimizer": optimizer, **self._reference()}
         with _unwarned():
             state_dict_saver.save(state, checkpoint_id=folder)
@@ -219,11 +230,11 @@ class Engine:
             return False
         about = json.loads((folders[-1] / DONE).read_text())
         _check_same(about["settings"], self._settings, str(folders[-1]))
-        model, optimizer = get_state_dict(self._policy, self._optimizer)
+        model, optimizer = get_state_dict(self._policy, self._optimizers)
         state = {"model": model, "optimizer": optimizer, **self._reference()}
         with _unwarned():
             state_dict_loader.load(state, checkpoint_id=folders[-1])  # a reference's own tensors are filled in place
-        set_state_dict(self._policy, self._optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        set_state_dict(self._policy, self._optimizers, model_state_dict=model, optim_state_dict=optimizer)
         self.step = int(about["step"])
         for step, found in _logged(self._out / "log.jsonl", self.step).items():
             self._guard.see(step, found)
@@ -257,14 +268,6 @@ def _logged(file: Path, last: int) -> dict[int, Mapping[str, float]]:
 def _number(norm: Tensor) -> float:
     """A norm over all shares, where the parameters are shared out."""
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def _groups(policy: ScorePolicy, config: EngineConfig) -> list[dict[str, Any]]:
-    trained = [one for one in policy.parameters() if one.requires_grad]
-    return [
-        {"params": [one for one in trained if one.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [one for one in trained if one.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:
