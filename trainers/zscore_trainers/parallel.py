@@ -128,6 +128,28 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(number: int) -> int:
+    """The ranks' largest."""
+    found = torch.tensor(number)
+    if ranks() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All ranks' tensors, one behind the other in the first dimension; their shapes are the same."""
+    if ranks() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(ranks())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def group() -> dist.ProcessGroup | None:
+    """All ranks, where there are several."""
+    return dist.group.WORLD if ranks() > 1 else None
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The parts that are whole only while they compute: layers of the language model and of the vision tower.
 

@@ -112,7 +112,7 @@ def train(
         checkpoint.path, rubric, recipe.layout, merge=checkpoint.merge, max_tokens=min(checkpoint.max_tokens, 16_384)
     )
     with parallel.started(getattr(torch, recipe.dtype)) as device:
-        _check_ranks(recipe)
+        _check_ranks(choice, recipe)
         data = parallel.from_first(lambda: _read_data(options, recipe, targets))
         if on_ready is not None and parallel.rank() == 0:
             on_ready(len(data.train.samples), len(data.held_out.samples) if data.held_out else 0)
@@ -176,7 +176,11 @@ def _targets(options: TrainOptions, choice: Choice, rubric: Rubric) -> Targets |
     return read_targets(options.data, rubric, kind=choice.data)
 
 
-def _check_ranks(recipe: Recipe) -> None:
+def _check_ranks(choice: Choice, recipe: Recipe) -> None:
+    """Refuse what several processes can't do, before anything is read."""
+    if parallel.ranks() > 1 and choice.writes and recipe.rollouts == "vllm":
+        # Its engine runs in this process, and would take the ranks' group for its own tensor parallelism.
+        raise UsageError("vLLM can't write rollouts under torchrun: --set rollouts=transformers, or one process")
     if recipe.algorithm.batch_size % parallel.ranks():
         raise UsageError(
             f"batch_size is {recipe.algorithm.batch_size}, which {parallel.ranks()} processes can't share evenly: set a"
