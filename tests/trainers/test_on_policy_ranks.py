@@ -96,6 +96,7 @@ def test_two_ranks_train_what_one_does(two, world, unsure, talker, tmp_path, alg
     train(asked(world, unsure, talker, one, algorithm), load_recipe("tiny", settings(algorithm), algorithm))
     rows, others = logged(one), logged(two(algorithm))
     assert any(0 < row["valid"] < 1 for row in rows)
+    assert all(row.get("drift", 0) < 1e-3 for row in others)  # the generators follow the policy
     for mine, theirs in zip(rows, others, strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():

@@ -71,7 +71,8 @@ def started(dtype: torch.dtype) -> Iterator[torch.device]:
     try:
         yield device
     finally:
-        dist.destroy_process_group()
+        if is_started():  # a vLLM that was stopped has taken it along
+            dist.destroy_process_group()
 
 
 def _device(local: int | None) -> torch.device:
