@@ -21,8 +21,8 @@ from zscore_trainers.train import _check_ranks, train
 # A rank's four outputs in two micro-batches, eight in three. Outputs are cut short so that some have no score.
 CHANGES = (*FAST, "steps=4", "micro_batch=3")
 OWN = {
-    "grpo": (*ROLLOUTS["grpo"], "max_tokens=12", "beta=0.5"),
-    "gdso": (*ROLLOUTS["gdso"], "max_tokens=12", "beta=0.5"),
+    "grpo": (*ROLLOUTS["grpo"], "max_tokens=11", "beta=0.5"),
+    "gdso": (*ROLLOUTS["gdso"], "max_tokens=11", "beta=0.5"),
     "opd": ("max_tokens=12", "batch_size=8"),
 }
 
@@ -95,7 +95,8 @@ def test_two_ranks_train_what_one_does(two, world, unsure, talker, tmp_path, alg
     one = tmp_path / "run"
     train(asked(world, unsure, talker, one, algorithm), load_recipe("tiny", settings(algorithm), algorithm))
     rows, others = logged(one), logged(two(algorithm))
-    assert any(0 < row["valid"] < 1 for row in rows)
+    # So few of eight outputs have a score that a rank may have none: a mean over what is valid isn't the ranks' mean.
+    assert any(0 < row["valid"] <= (0.25 if algorithm == "gdso" else 0.9) for row in rows)
     assert all(row.get("drift", 0) < 1e-3 for row in others)  # the generators follow the policy
     for mine, theirs in zip(rows, others, strict=True):
         assert mine.keys() == theirs.keys()
