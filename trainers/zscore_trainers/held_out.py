@@ -108,11 +108,11 @@ class HeldOutReasoning:
     def __call__(self, policy: ScorePolicy) -> Mapping[str, float]:
         """PLCC, pair accuracy and the share of outputs with a score; on all ranks."""
         self._rollouts.follow(policy)
-        mu_ND, valid_ND = self._drawn(range(parallel.rank(), len(self._direct), parallel.ranks()))
-        return {**self._direct.agreement(mu_ND.numpy()), "held_out_valid": float(valid_ND.mean())}
+        mu_ND, valid_N = self._drawn(range(parallel.rank(), len(self._direct), parallel.ranks()))
+        return {**self._direct.agreement(mu_ND.numpy()), "held_out_valid": float(valid_N.mean())}
 
     def _drawn(self, mine: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Expected scores of all samples, and 1 where an output has one; this rank draws for some of them."""
+        """Expected scores of all samples, (N, D), and 1 where an output has one; this rank draws for some of them."""
         values_K, wide = np.asarray(self._direct.values), len(self._direct.names)
         prompts = [one for found in self._direct.prompts(mine) for one in found]
         numbers = [number * wide + column for number in mine for column in range(wide)]
