@@ -83,9 +83,14 @@ class TestRuns:
             assert {"valid", "loss"} <= set(logged[0])
 
     @pytest.mark.vllm
-    def test_rollouts_from_vllm(self, world, talker, tmp_path):
-        """With the trainer's float32 weights taken over by a bfloat16 engine, step by step."""
-        made = train(options(world, talker, tmp_path / "run", "gdso"), recipe("gdso", "rollouts=vllm", "beta=0"))
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_rollouts_from_vllm(self, world, talker, tmp_path, dtype):
+        """With the trainer's float32 weights taken over by a bfloat16 engine, step by step.
+
+        For a trainer in bfloat16 they are those of a group of one process, which vLLM finds and takes along at its end.
+        """
+        changes = ("rollouts=vllm", "beta=0", f"dtype={dtype}")
+        made = train(options(world, talker, tmp_path / "run", "gdso"), recipe("gdso", *changes))
         logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
         assert made.steps == 2
         assert all(0 < row["drift"] < 3 for row in logged)

@@ -71,20 +71,15 @@ class Setup:
         return Order(count, self.config.batch_size, self.seed)
 
     def sampling(self) -> Sampling:
-        """Rollouts of the policy.
-
-        Raises:
-            UsageError: several processes share the policy.
-        """
-        if self.ranks > 1:
-            raise UsageError("rollouts want the whole policy in one process: run this algorithm without torchrun")
+        """Rollouts of the policy: this process's share of each batch, by a generator of its own."""
         # vLLM chooses for itself what its kernels can do; transformers follows the trainer.
         dtype = self.dtype if self.generator == "transformers" else "auto"
         config = GenerateConfig(max_tokens=self.config.max_tokens, dtype=dtype, batch_size=64)
         builder = self.collator.builder
         generator = open_generator(self.generator, self.model, self.rubric, builder, config)
         rollouts = Rollouts(generator, finder(self.rubric, builder.decode, builder.level_ids))
-        return Sampling(collator=self.collator, rollouts=rollouts, values=self.rubric.values, seed=self.seed)
+        values = self.rubric.values
+        return Sampling(collator=self.collator, rollouts=rollouts, values=values, seed=self.seed, **self.share)
 
 
 def _direct(setup: Setup) -> Algorithm:
@@ -128,15 +123,17 @@ class Choice:
     """Whether it learns in the reasoning layout; else in the serving layout of the recipe."""
     data: Kind | Literal["told"]
     """What --data is: a table of `zscore_trainers.targets`, or given reasonings (`zscore_trainers.told`)."""
+    writes: bool = False
+    """Whether it learns from rollouts."""
 
 
 ALGORITHMS: dict[str, Choice] = {
     "sft": Choice(RisdConfig, _direct, reasons=False, data="labels"),
     "risd": Choice(RisdConfig, _direct, reasons=False, data="scores"),
     "rewarddance": Choice(RewardDanceConfig, _rewarddance, reasons=True, data="told"),
-    "grpo": Choice(GrpoConfig, _grpo, reasons=True, data="labels"),
-    "gdso": Choice(GdsoConfig, _grpo, reasons=True, data="labels"),
-    "opd": Choice(OpdConfig, _opd, reasons=True, data="either"),
+    "grpo": Choice(GrpoConfig, _grpo, reasons=True, data="labels", writes=True),
+    "gdso": Choice(GdsoConfig, _grpo, reasons=True, data="labels", writes=True),
+    "opd": Choice(OpdConfig, _opd, reasons=True, data="either", writes=True),
 }
 
 

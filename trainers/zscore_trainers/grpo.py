@@ -10,6 +10,9 @@ output's tokens and averaged over outputs. Two presets:
     stable   the score token doesn't count (given the reasoning its reward is constant, so its gradient is noise), and
              tokens are weighted by how much likelier they are to the trainer than to the generator, at most `most`
 
+Each rank rolls out its share of the pairs; the loss is that of all of them, computed on every rank alike, for what a
+pair counts depends on how many others have a score.
+
 Shape suffixes: P pairs, J = 2 sides, G outputs a side, N = P x J x G, T tokens, K levels.
 """
 
@@ -21,7 +24,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 
 from zscore.errors import UsageError
-from zscore_trainers import losses
+from zscore_trainers import losses, parallel
 from zscore_trainers.rollouts import check_one_of, rollout_seed
 from zscore_trainers.sequences import at_left, collate, read_outputs
 from zscore_trainers.two_pass import two_pass
@@ -95,6 +98,12 @@ class Sampled(NamedTuple):
     score_NT: Tensor
     reference_NT: Tensor | None
 
+    def gathered(self) -> Sampled:
+        """Those of all ranks, in their order."""
+        return self._replace(
+            **{name: parallel.gathered(one) for name, one in self._asdict().items() if one is not None}
+        )
+
 
 class Grpo:
     """Gradients of GRPO; see `zscore_trainers.engine.Algorithm`.
@@ -139,14 +148,14 @@ class Grpo:
         drawn = self._draw(numbers, step)
         size = self._config.micro_batch
         batches = [self._sequences(drawn[start : start + size]) for start in range(0, len(drawn), size)]
-        width = max(len(one.written.tokens) for one in drawn)
-        sampled = self._sampled(numbers, drawn, batches, width)
+        width = parallel.largest(max(len(one.written.tokens) for one in drawn))
+        sampled = self._sampled(numbers, drawn, batches, width).gathered()
         logged: dict[str, float] = {}
 
         def loss(logits_NK: Tensor, logprob_NT: Tensor) -> Tensor:
             return self.loss(sampled, logits_NK, logprob_NT, logged)
 
-        value = two_pass(lambda batch: read_outputs(policy, batch, width), batches, loss)
+        value = two_pass(lambda batch: read_outputs(policy, batch, width), batches, loss, group=parallel.group())
         return {"loss": float(value), **logged}
 
     def _draw(self, numbers: Sequence[int], step: int) -> list[Rollout]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from zscore.records import EnginePrompt, Sample
     from zscore_trainers.data import Collator
@@ -48,9 +49,13 @@ class HeldOut:
         groups: dict[str, int] = {}
         self._group_N = np.array([groups.setdefault(_group(sample), len(groups)) for sample in train.samples])
 
-    def prompts(self) -> list[list[EnginePrompt]]:
-        """Of all samples."""
-        return self._collate.prompts(range(len(self._group_N)))
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self._group_N)
+
+    def prompts(self, numbers: Sequence[int]) -> list[list[EnginePrompt]]:
+        """Of these samples."""
+        return self._collate.prompts(numbers)
 
     @torch.no_grad()
     def __call__(self, policy: ScorePolicy) -> Mapping[str, float]:
@@ -93,7 +98,7 @@ class HeldOut:
 class HeldOutReasoning:
     """The same for a policy that reasons: one rollout a picture and dimension, with the same seeds every time.
 
-    An output without a score counts as the middle of the scale, which orders nothing.
+    An output without a score counts as the middle of the scale, which orders nothing. Ranks share the samples out.
     """
 
     def __init__(self, direct: HeldOut, rollouts: Rollouts) -> None:
@@ -101,15 +106,22 @@ class HeldOutReasoning:
         self._rollouts = rollouts
 
     def __call__(self, policy: ScorePolicy) -> Mapping[str, float]:
-        """PLCC, pair accuracy and the share of outputs with a score."""
-        values_K = np.asarray(self._direct.values)
-        prompts = [one for found in self._direct.prompts() for one in found]
+        """PLCC, pair accuracy and the share of outputs with a score; on all ranks."""
         self._rollouts.follow(policy)
-        drawn = self._rollouts.draw(prompts, [rollout_seed(number) for number in range(len(prompts))])
-        middle = float(values_K[[0, -1]].mean())
-        mu_N = [middle if one.probs_K is None else float(one.probs_K @ values_K) for one in drawn]
-        found = dict(self._direct.agreement(np.asarray(mu_N, np.float32).reshape(-1, len(self._direct.names))))
-        return {**found, "held_out_valid": float(np.mean([one.probs_K is not None for one in drawn]))}
+        mu_ND, valid_N = self._drawn(range(parallel.rank(), len(self._direct), parallel.ranks()))
+        return {**self._direct.agreement(mu_ND.numpy()), "held_out_valid": float(valid_N.mean())}
+
+    def _drawn(self, mine: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Expected scores of all samples, (N, D), and 1 where an output has one; this rank draws for some of them."""
+        values_K, wide = np.asarray(self._direct.values), len(self._direct.names)
+        prompts = [one for found in self._direct.prompts(mine) for one in found]
+        numbers = [number * wide + column for number in mine for column in range(wide)]
+        drawn = self._rollouts.draw(prompts, [rollout_seed(number) for number in numbers])
+        mu_N, valid_N = torch.zeros(2, len(self._direct) * wide)
+        for number, one in zip(numbers, drawn, strict=True):
+            valid_N[number] = one.probs_K is not None
+            mu_N[number] = float(values_K[[0, -1]].mean() if one.probs_K is None else one.probs_K @ values_K)
+        return parallel.summed(mu_N).view(-1, wide), parallel.summed(valid_N)
 
 
 def _group(sample: Sample) -> str:

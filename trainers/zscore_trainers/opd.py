@@ -107,5 +107,6 @@ class Opd:
             for row, one in enumerate(some):
                 mine_BT[row, : len(one.logprob_T)] = torch.from_numpy(one.logprob_T)
         advantage_BT = losses.opd_advantages(theirs_BT, mine_BT)
-        mean = float((advantage_BT * output_BT).sum() / output_BT.sum())
-        return losses.opd_loss(logprob_BT, advantage_BT, output_BT), mean
+        # As the loss: over an output's tokens, then over outputs, so that no micro-batch and no rank weighs more.
+        mean_B = (advantage_BT * output_BT).sum(-1) / output_BT.sum(-1).clamp(min=1)
+        return losses.opd_loss(logprob_BT, advantage_BT, output_BT), float(mean_B.mean())

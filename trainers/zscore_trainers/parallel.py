@@ -71,7 +71,8 @@ def started(dtype: torch.dtype) -> Iterator[torch.device]:
     try:
         yield device
     finally:
-        dist.destroy_process_group()
+        if is_started():  # a vLLM that was stopped has taken it along
+            dist.destroy_process_group()
 
 
 def _device(local: int | None) -> torch.device:
@@ -126,6 +127,28 @@ def summed(tensor: Tensor) -> Tensor:
     if ranks() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def largest(number: int) -> int:
+    """The ranks' largest."""
+    found = torch.tensor(number)
+    if ranks() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All ranks' tensors, one behind the other in the first dimension; their shapes are the same."""
+    if ranks() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(ranks())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def group() -> dist.ProcessGroup | None:
+    """All ranks, where there are several."""
+    return dist.group.WORLD if ranks() > 1 else None
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -32,7 +32,7 @@ class Reference:
         self._every = every
 
     def refresh(self, policy: ScorePolicy, step: int) -> None:
-        """Become the policy where `step` is a multiple of M."""
+        """Become the policy where `step` is a multiple of M; ranks copy the share that each has."""
         if step % self._every == 0:
             self.frozen.load_state_dict(policy.state_dict())
 

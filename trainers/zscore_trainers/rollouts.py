@@ -2,7 +2,8 @@
 
     prompts, seeds → generator (transformers or vLLM; zscore.engines.generate) → Rollout
 
-The generator has weights of its own; `follow` hands over the policy's.
+The generator has weights of its own; `follow` hands over the policy's. Under torchrun every rank has a generator with
+all weights and draws for its own share; seeds know nothing of ranks, so neither do the outputs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Rollouts:
         self._finder = finder
 
     def follow(self, policy: ScorePolicy) -> None:
-        """Write as the policy does, from now on."""
+        """Write as the policy does, from now on; to be called on all ranks that share the policy."""
         self._generator.load_weights(policy.model.state_dict().items())
 
     def draw(self, prompts: Sequence[EnginePrompt], seeds: Sequence[int]) -> list[Rollout]:

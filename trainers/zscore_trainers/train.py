@@ -11,7 +11,7 @@ Under torchrun every process calls `train` with the same arguments; see `zscore_
 from __future__ import annotations
 
 import hashlib
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -112,26 +112,26 @@ def train(
         checkpoint.path, rubric, recipe.layout, merge=checkpoint.merge, max_tokens=min(checkpoint.max_tokens, 16_384)
     )
     with parallel.started(getattr(torch, recipe.dtype)) as device:
-        _check_ranks(recipe)
+        _check_ranks(choice, recipe)
         data = parallel.from_first(lambda: _read_data(options, recipe, targets))
         if on_ready is not None and parallel.rank() == 0:
             on_ready(len(data.train.samples), len(data.held_out.samples) if data.held_out else 0)
         torch.manual_seed(recipe.seed)
         policy = _policy(checkpoint, builder, recipe, device)
-        with closing(PictureFile(options.out / "pictures.bin")) as pictures:
+        with closing(PictureFile(options.out / "pictures.bin")) as pictures, ExitStack() as stack:
             collators = _collators(data, pictures, checkpoint, builder, recipe)
             settings = _settings(options, recipe, rubric, collators)
             load = partial(_other_policy, checkpoint, builder, recipe, device)
             algorithm = choice.make(_setup(options, recipe, collators[0], targets, load))
+            stack.callback(_release, algorithm)  # last of all: vLLM takes every process group with it
             evaluate = _held_out(collators, rubric, recipe, algorithm)
             engine = Engine(policy, algorithm, recipe.engine, options.out, settings)
             if options.resume and not engine.resume() and on_restart is not None and parallel.rank() == 0:
                 on_restart()
             engine.run(on_step, evaluate)
             metrics = _final(policy, evaluate)
-            _release(algorithm)
-        said = f"{options.algorithm} on {len(data.train.samples):,} samples for {engine.step:,} steps"
-        model = export(policy, checkpoint.path, options.out / "model", recipe, trained=said)
+            said = f"{options.algorithm} on {len(data.train.samples):,} samples for {engine.step:,} steps"
+            model = export(policy, checkpoint.path, options.out / "model", recipe, trained=said)
     held_out = len(data.held_out.samples) if data.held_out else 0
     return Trained(model, engine.step, len(data.train.samples), held_out, data.left_out, metrics)
 
@@ -176,7 +176,11 @@ def _targets(options: TrainOptions, choice: Choice, rubric: Rubric) -> Targets |
     return read_targets(options.data, rubric, kind=choice.data)
 
 
-def _check_ranks(recipe: Recipe) -> None:
+def _check_ranks(choice: Choice, recipe: Recipe) -> None:
+    """Refuse what several processes can't do, before anything is read."""
+    if parallel.ranks() > 1 and choice.writes and recipe.rollouts == "vllm":
+        # Its engine runs in this process, and would take the ranks' group for its own tensor parallelism.
+        raise UsageError("vLLM can't write rollouts under torchrun: --set rollouts=transformers, or one process")
     if recipe.algorithm.batch_size % parallel.ranks():
         raise UsageError(
             f"batch_size is {recipe.algorithm.batch_size}, which {parallel.ranks()} processes can't share evenly: set a"

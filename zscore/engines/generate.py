@@ -69,7 +69,7 @@ class Generator(Protocol):
         """Advance; return what finished, in any order (may be empty)."""
 
     def load_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
-        """Take over weights by their names in the checkpoint.
+        """Take over weights by their names in the checkpoint; those that ranks share are put together one at a time.
 
         Raises:
             ModelError: a name that the model doesn't have, or one of its own that is left out.
@@ -99,6 +99,9 @@ def weight_shapes(model: Path) -> dict[str, tuple[int, ...]]:
 def check_weights(weights: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """The weights, where they are exactly those of the checkpoint; a tied output projection may be given too.
 
+    They stay in the order in which they were given: files may be listed in another order on another machine, and ranks
+    have to put the same weight together at the same time.
+
     Raises:
         ModelError: one is missing, unknown or of another shape; names it.
     """
@@ -109,7 +112,12 @@ def check_weights(weights: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -
             wrong.append(f"{name} is {tuple(weights[name].shape)}, not {shapes[name]}")
     if wrong:
         raise ModelError(f"{len(wrong)} weights aren't those of the checkpoint: {wrong[0]}")
-    return {name: weights[name] for name in shapes}
+    return {name: weight for name, weight in weights.items() if name in shapes}
+
+
+def whole(weight: Any) -> Any:
+    """A weight that ranks have shares of (DTensor), put together: all of them must ask for it. Others as they are."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def open_generator(name: str, model: Path, rubric: Rubric, builder: PromptBuilder, config: GenerateConfig) -> Generator:

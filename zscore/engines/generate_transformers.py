@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from zscore._torchvision import ensure_importable
-from zscore.engines.generate import Output, check_weights, pads, weight_shapes
+from zscore.engines.generate import Output, check_weights, pads, weight_shapes, whole
 from zscore.engines.transformers import Scaling, load_model, pick_device, pick_dtype
 from zscore.errors import EngineError
 
@@ -121,7 +121,9 @@ class TransformersGenerator:
     def load_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
         """Take over weights by their names in the checkpoint."""
         given = check_weights(dict(weights), self._shapes)
-        self._model.load_state_dict(given, strict=False)  # a tied projection is there once
+        mine = self._model.state_dict()
+        for name, weight in given.items():
+            mine[name].copy_(whole(weight.to(mine[name].dtype)))  # narrowed first: there is less to send
 
     def close(self) -> None:
         """Free the model."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from zscore.engines.generate import Output, check_weights, pads, weight_shapes
+from zscore.engines.generate import Output, check_weights, pads, weight_shapes, whole
 from zscore.engines.transformers import Scaling
 from zscore.engines.vllm import SUPPORTED, Pictures, image_inputs
 from zscore.engines.vllm_start import VllmConfig, one_line, read_config, register_by_class, start
@@ -144,9 +144,10 @@ class VllmGenerator:
     def load_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
         """Take over weights by their names in the checkpoint."""
         given = check_weights(dict(weights), self._shapes)
+        one_by_one = ((name, whole(weight)) for name, weight in given.items())
         try:
             # What vLLM repacks for its kernels when it loads, it repacks again.
-            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(given.items())})
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": one_by_one})
             self._engine.reset_prefix_cache()
             self._engine.reset_encoder_cache()
         except Exception as error:
