@@ -16,7 +16,7 @@ from tests.trainers.test_train import FAST, options, world  # noqa: F401 - a fix
 from zscore.errors import UsageError
 from zscore_trainers import lora
 from zscore_trainers.budget import plan
-from zscore_trainers.lora import MODULES, add_adapters, merged
+from zscore_trainers.lora import MODULES, add_adapters, merged, whole_weights
 from zscore_trainers.recipes import load_recipe
 from zscore_trainers.train import train
 
@@ -88,7 +88,7 @@ class TestMerging:
             "a.q.lora_B.default.weight": torch.tensor([[3.0]]),
             "a.norm.weight": torch.tensor([5.0]),
         }
-        found = merged(state, rank=2, alpha=4.0)
+        found = merged(state, scale=2.0)
         assert list(found) == ["a.q.weight", "a.q.bias", "a.norm.weight"]
         assert found["a.q.weight"].tolist() == [[7.0, 8.0]]
         assert (found["a.q.bias"], found["a.norm.weight"]) == (torch.tensor([7.0]), torch.tensor([5.0]))
@@ -99,7 +99,7 @@ class TestMerging:
             "q.lora_A.default.weight": torch.tensor([[1e-3]]),
             "q.lora_B.default.weight": torch.tensor([[10.0]]),
         }
-        found = merged(state, rank=1, alpha=1.0)["q.weight"]
+        found = merged(state, scale=1.0)["q.weight"]
         assert found.dtype == torch.bfloat16
         assert found.item() == torch.tensor(1.01).bfloat16().item()
 
@@ -109,7 +109,7 @@ class TestMerging:
         for name, one in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(one)
-        plain.load_state_dict(merged(model.state_dict(), 2, 8.0))
+        plain.load_state_dict(whole_weights(model))
         torch.testing.assert_close(plain(x), model(x))
 
 
@@ -168,6 +168,20 @@ class TestAdapters:
         assert world_set.load(tmp_path / "run" / "model").state_dict().keys() == (
             world_set.load(world / "body").state_dict().keys()
         )
+
+    def test_rollouts_are_written_with_the_adapters(self, world, talker, tmp_path):  # noqa: F811
+        """From the second step on these differ from the base: without them `drift` would be of the order of 1."""
+        changes = ("steps=3", "batch_size=2", "group=2", "micro_batch=4", "max_tokens=24", "held_out=0", "beta=0")
+        recipe = load_recipe("tiny", (*changes, "lora_rank=4", "learning_rate=1e-1", "warmup=0"), "gdso")
+        drifts = []
+        train(
+            options(world, tmp_path / "run", algorithm="gdso", model=str(talker)),
+            recipe,
+            lambda _, found: drifts.append(found["drift"]),
+        )
+        weights = state(tmp_path / "run")[0]
+        assert max(float(value.abs().max()) for name, value in weights.items() if "lora_B" in name) > 0.05
+        assert max(drifts) < 1e-3
 
     def test_a_wrong_name_stops_the_run(self, world, tmp_path):  # noqa: F811
         with pytest.raises(UsageError, match="lora_modules names 'query'"):

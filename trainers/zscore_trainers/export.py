@@ -35,7 +35,7 @@ def export(policy: ScorePolicy, base: Path, out: Path, recipe: Recipe, *, traine
     if parallel.rank():
         return out
     if recipe.lora_rank:
-        weights = merged(weights, recipe.lora_rank, recipe.lora_alpha)
+        weights = merged(weights, recipe.lora_alpha / recipe.lora_rank)
     out.mkdir(parents=True, exist_ok=True)
     policy.model.save_pretrained(out, state_dict=weights)  # type: ignore[operator]
     _say_dtype(out / "config.json")

@@ -10,7 +10,7 @@ peft is an extra (`pip install zscore-reward[lora]`).
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -53,8 +53,20 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, modules: Sequence[st
     inject_adapter_in_model(config, model)
 
 
-def merged(state: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
-    """A state dict with its adapters multiplied out (in float32), under the names of the model without them."""
+def whole_weights(model: nn.Module) -> Mapping[str, Tensor]:
+    """The state dict of a model, which may have adapters, as that of one without."""
+    adapted: list[Any] = [one for one in model.modules() if hasattr(one, "lora_A")]
+    state = model.state_dict()
+    return merged(state, float(adapted[0].scaling["default"])) if adapted else state
+
+
+def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A state dict with its adapters multiplied out (in float32), under the names of the model without them.
+
+    Args:
+        state: of a model with adapters.
+        scale: alpha / rank.
+    """
     found = {}
     for name, value in state.items():
         if ".lora_" in name:
@@ -66,6 +78,6 @@ def merged(state: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Te
         whole = value
         if rest == "weight":
             down, up = (state[f"{base}.lora_{part}.default.weight"].float() for part in ("A", "B"))
-            whole = torch.addmm(value.float(), up, down, alpha=alpha / rank).to(value.dtype)
+            whole = torch.addmm(value.float(), up, down, alpha=scale).to(value.dtype)
         found[f"{base}.{rest}"] = whole
     return found

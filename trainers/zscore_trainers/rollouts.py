@@ -16,6 +16,7 @@ import numpy as np
 
 from zscore.errors import UsageError
 from zscore.records import Failure
+from zscore_trainers.lora import whole_weights
 from zscore_trainers.sequences import Written
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Rollouts:
 
     def follow(self, policy: ScorePolicy) -> None:
         """Write as the policy does, from now on; to be called on all ranks that share the policy."""
-        self._generator.load_weights(policy.model.state_dict().items())
+        self._generator.load_weights(whole_weights(policy.model).items())
 
     def draw(self, prompts: Sequence[EnginePrompt], seeds: Sequence[int]) -> list[Rollout]:
         """One output for each prompt; the same seeds give the same outputs.
