@@ -16,7 +16,7 @@ setup: ## install what `zscore` needs into .venv
 setup-dev: ## install vLLM and everything that the tests need too
 	@$(PYTHON) scripts/install.py dev --device $(DEVICE)
 
-demo: setup ## write a few shards, score them, show the table
+demo: setup ## draw shards, score them, compare with the truth
 	@$(BIN)/zscore demo demo-out
 
 test: setup-dev ## run all the tests (ARGS="-k tar" for some)

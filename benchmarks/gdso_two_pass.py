@@ -30,7 +30,7 @@ from _memory import Resident, Tensors, in_child, peak  # type: ignore[import-not
 
 from tests.trainers import world_set
 from zscore._torchvision import ensure_importable
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 from zscore_trainers import losses
 from zscore_trainers.policy import PolicyBatch, ScorePolicy
 from zscore_trainers.two_pass import two_pass
@@ -66,7 +66,7 @@ class Problem:
     def drawn(cls, folder: Path, pairs: int) -> Problem:
         """Pairs of drawn pictures with random outputs."""
         ensure_importable()
-        model = demo_student()
+        model = untrained_student()
         collate = world_set.collator(world_set.world_set(folder, pairs), folder, model, "separate")
         policy = world_set.load(model)
         values_K = torch.tensor(world_set.RUBRIC.values)

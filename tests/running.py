@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pyarrow.parquet as pq
 
 from tests.tiny import write_rubric
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 from zscore.judge import JudgeOptions, plan_judge
 from zscore.progress import QuietReporter
 from zscore.score import ScoreOptions, score
@@ -18,7 +18,7 @@ from zscore.score import ScoreOptions, score
 @contextmanager
 def shared_judge(folder, engine="transformers", **options) -> Iterator[Shared]:
     """The demo student on the tiny rubric."""
-    chosen = {"model": str(demo_student()), "rubric": str(write_rubric(folder)), "max_pixels": 4096, **options}
+    chosen = {"model": str(untrained_student()), "rubric": str(write_rubric(folder)), "max_pixels": 4096, **options}
     shared = Shared(plan_judge(JudgeOptions(engine=engine, **chosen)))
     yield shared
     shared.loaded.close()

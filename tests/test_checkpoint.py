@@ -6,14 +6,14 @@ import shutil
 import pytest
 
 from zscore.checkpoint import find_checkpoint, read_checkpoint, read_normalization, weights_hash
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 from zscore.errors import ModelError
 from zscore.judge import JudgeOptions, plan_judge
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return shutil.copytree(demo_student(), tmp_path / "model")
+    return shutil.copytree(untrained_student(), tmp_path / "model")
 
 
 def edit(folder, name, change):
@@ -27,8 +27,8 @@ def image_settings(folder):
     return "preprocessor_config.json" if (folder / "preprocessor_config.json").exists() else "processor_config.json"
 
 
-def test_the_demo_student_says_what_it_is():
-    checkpoint = read_checkpoint(str(demo_student()))
+def test_a_checkpoint_says_what_it_is():
+    checkpoint = read_checkpoint(str(untrained_student()))
     assert checkpoint.architecture == "Qwen3_5ForConditionalGeneration"
     assert (checkpoint.rubric, checkpoint.layout) == ("z-reward", "joint")
     assert (checkpoint.patch, checkpoint.merge) == (16, 2)
@@ -80,7 +80,7 @@ def test_missing_and_malformed_files_are_named(folder):
 
 def test_the_weights_hash_follows_the_bytes_and_the_size(folder, monkeypatch):
     before = weights_hash(folder)
-    assert before == weights_hash(demo_student())
+    assert before == weights_hash(untrained_student())
     file = folder / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

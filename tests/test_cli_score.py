@@ -13,7 +13,8 @@ import polars as pl
 import pytest
 
 from tests.tiny import write_rubric, write_shards
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
+from zscore.demo.trained import demo_student
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_dry_run_says_what_the_output_would_go_through(folder, tmp_path):
     ],
 )
 def test_a_wrong_call_is_one_clear_line(folder, arguments, code, says):
-    done = zscore(*arguments, cwd=folder, ZSCORE_MODEL=str(demo_student()))
+    done = zscore(*arguments, cwd=folder, ZSCORE_MODEL=str(untrained_student()))
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr

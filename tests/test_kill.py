@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tiny import write_rubric, write_shards
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 
 SHARDS, SAMPLES, KILLS = 8, 6, 50
 
@@ -50,7 +50,7 @@ def command(tmp_path_factory):
     rubric = write_rubric(folder)
 
     def arguments(out):
-        flags = {"--out": out, "--model": demo_student(), "--rubric": rubric, "--max-pixels": 4096, "--workers": 1}
+        flags = {"--out": out, "--model": untrained_student(), "--rubric": rubric, "--max-pixels": 4096, "--workers": 1}
         pairs = [str(part) for pair in flags.items() for part in pair]
         return ["score", str(folder / "in"), "--engine", "transformers", "--max-failed", "1", *pairs]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 from zscore.errors import RubricError, UsageError
 from zscore.reasoning import ReasoningOptions, ScoreFinder, finder, from_level_logits, merge, no_score
 from zscore.records import Failure, LevelScores, Pixels, Status
@@ -30,7 +30,7 @@ def ids(text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def builder():
-    return PromptBuilder(demo_student(), RUBRIC, "reasoning", merge=2, max_tokens=4096)
+    return PromptBuilder(untrained_student(), RUBRIC, "reasoning", merge=2, max_tokens=4096)
 
 
 class TestFinder:
@@ -91,11 +91,11 @@ class TestPrompts:
             assert f"{dimension.title}: why?" in text
 
     def test_several_draws_lie_together(self):
-        many = PromptBuilder(demo_student(), RUBRIC, "reasoning", merge=2, max_tokens=4096, samples=3)
+        many = PromptBuilder(untrained_student(), RUBRIC, "reasoning", merge=2, max_tokens=4096, samples=3)
         prompts = many.build("x", self.pixels())
         assert [prompt.draw for prompt in prompts] == [0, 1, 2] * 4
         assert all(one.token_ids == prompts[3].token_ids for one in prompts[3:6])
-        direct = PromptBuilder(demo_student(), RUBRIC, "separate", merge=2, max_tokens=4096, samples=3)
+        direct = PromptBuilder(untrained_student(), RUBRIC, "separate", merge=2, max_tokens=4096, samples=3)
         assert len(direct.build("x", self.pixels())) == 4
 
     def test_special_tokens_in_the_prompt_stay_text(self, builder):
@@ -106,7 +106,7 @@ class TestPrompts:
 
     def test_a_rubric_without_the_layout(self):
         with pytest.raises(RubricError, match=r"'q-align' has no \[layouts\.reasoning\]"):
-            PromptBuilder(demo_student(), load_rubric("q-align"), "reasoning", merge=2, max_tokens=4096)
+            PromptBuilder(untrained_student(), load_rubric("q-align"), "reasoning", merge=2, max_tokens=4096)
 
     def test_half_a_layout_is_refused(self):
         source = RUBRIC.source.replace('marker = "Score: "', "")

@@ -9,14 +9,14 @@ from PIL import Image
 import zscore
 from tests.tiny import png, write_rubric, write_tar
 from zscore import Failure, Scorer
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 from zscore.errors import ModelError, RubricError, SampleError, UsageError
 
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory):
     rubric = write_rubric(tmp_path_factory.mktemp("rubric"))
-    with Scorer(demo_student(), engine="transformers", rubric=str(rubric), max_pixels=4096) as made:
+    with Scorer(untrained_student(), engine="transformers", rubric=str(rubric), max_pixels=4096) as made:
         yield made
 
 
@@ -102,15 +102,15 @@ def test_a_call_that_was_cut_off_doesn_t_disturb_the_next(scorer, monkeypatch):
 
 def test_wrong_use_is_told_at_once(tmp_path, scorer):
     with pytest.raises(UsageError, match="unexpected keyword argument 'layuot'"):
-        Scorer(demo_student(), layuot="joint")
+        Scorer(untrained_student(), layuot="joint")
     with pytest.raises(UsageError, match="--layout 'both' isn't known"):
-        Scorer(demo_student(), layout="both", engine="transformers")
+        Scorer(untrained_student(), layout="both", engine="transformers")
     with pytest.raises(UsageError, match="--engine 'onnx' isn't known"):
-        Scorer(demo_student(), engine="onnx")
+        Scorer(untrained_student(), engine="onnx")
     with pytest.raises(UsageError, match="--max-pixels 100: at least 1024"):
-        Scorer(demo_student(), engine="transformers", max_pixels=100)
+        Scorer(untrained_student(), engine="transformers", max_pixels=100)
     with pytest.raises(RubricError, match="no rubric is called 'zreward'.*z-reward"):
-        Scorer(demo_student(), rubric="zreward")
+        Scorer(untrained_student(), rubric="zreward")
     with pytest.raises(ModelError, match="no model folder at"):
         Scorer(tmp_path / "none")
     with pytest.raises(ModelError, match=r"config\.json is missing"):
@@ -122,7 +122,7 @@ def test_wrong_use_is_told_at_once(tmp_path, scorer):
 def test_weights_of_another_shape_are_a_model_error(tmp_path):
     import shutil
 
-    shutil.copytree(demo_student(), tmp_path / "m")
+    shutil.copytree(untrained_student(), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
     with pytest.raises(ModelError, match="transformers can't load"):
         Scorer(tmp_path / "m", engine="transformers")
@@ -135,7 +135,7 @@ def test_the_demo_student_comes_with_a_warning():
 
 def test_a_closed_scorer_says_so(tmp_path, picture):
     rubric = write_rubric(tmp_path)
-    scorer = Scorer(demo_student(), engine="transformers", rubric=str(rubric))
+    scorer = Scorer(untrained_student(), engine="transformers", rubric=str(rubric))
     scorer.close()
     scorer.close()
     with pytest.raises(UsageError, match="closed"):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import RUBRIC, pixels
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 from zscore.errors import ModelError, RubricError
 from zscore.records import Failure, Status
 from zscore.rubrics.rubric import load_rubric, parse_rubric
@@ -16,7 +16,7 @@ from zscore.templates import PromptBuilder, TextTokenizer
 
 @pytest.fixture(scope="module")
 def folder():
-    return demo_student()
+    return untrained_student()
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,7 @@ def plan_judge(options: JudgeOptions, *, weights: bool = True) -> Judge:
     notices = []
     model = options.model or model_from_environment()
     if model is None:
-        from zscore.demo.student import demo_student
+        from zscore.demo.trained import demo_student
 
         model = str(demo_student())
         notices.append(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from zscore import _torchvision
 from zscore.demo import student, tokenizer
-from zscore.demo.student import build_student, demo_student
+from zscore.demo.student import build_student, untrained_student
 from zscore.rubrics.rubric import load_rubric
 from zscore.templates import TextTokenizer
 
@@ -30,7 +30,7 @@ def test_same_bytes_each_time(folder, tmp_path):
 
 
 def test_bytes_are_those_of_every_machine(folder):
-    """A change here changes every demo's scores: raise `_REVISION` in student.py with it."""
+    """A change here changes what tests and benchmarks score with: raise `_REVISION` in student.py with it."""
     assert student._REVISION == 4
     assert digests(folder)["model.safetensors"][:16] == "71eab2a7da09863b"
     assert digests(folder)["tokenizer.json"][:16] == "21827d6810cb56db"
@@ -119,8 +119,8 @@ def test_special_tokens_have_the_ids_that_the_config_names(folder):
 def test_cached_student_is_built_once_by_concurrent_callers(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with ThreadPoolExecutor(4) as pool:
-        folders = list(pool.map(lambda _: demo_student(), range(4)))
-    assert set(folders) == {tmp_path / "zscore" / f"demo-student-{student._REVISION}"}
+        folders = list(pool.map(lambda _: untrained_student(), range(4)))
+    assert set(folders) == {tmp_path / "zscore" / f"untrained-student-{student._REVISION}"}
     assert [entry.name for entry in (tmp_path / "zscore").iterdir()] == [folders[0].name]
     assert (folders[0] / "zscore.json").exists()
 

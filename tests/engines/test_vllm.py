@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engines.vllm_prompts import LEVEL_IDS, LEVEL_VALUES, apart, joint, pixels, run
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 from zscore.engines.vllm import VllmConfig, VllmEngine
 from zscore.errors import EngineError, ModelError
 from zscore.records import EnginePrompt, Failure, LevelScores, Status
@@ -25,7 +25,7 @@ def levels(token_ids=LEVEL_IDS, values=LEVEL_VALUES):
 
 @pytest.fixture(scope="module")
 def engine():
-    started = VllmEngine(demo_student(), **levels(), config=SMALL)
+    started = VllmEngine(untrained_student(), **levels(), config=SMALL)
     yield started
     started.close()
 
@@ -40,7 +40,7 @@ def reference(request):
     from zscore.engines.transformers import TransformersConfig, TransformersEngine
 
     config = TransformersConfig(dtype=request.param, batch_size=1)
-    return run(TransformersEngine(demo_student(), **levels(), config=config), PROMPTS)
+    return run(TransformersEngine(untrained_student(), **levels(), config=config), PROMPTS)
 
 
 pytestmark = pytest.mark.vllm
@@ -109,7 +109,7 @@ def test_separate_prompts_of_one_picture(engine, scores):
 
 def test_another_engine_of_this_process_may_come_and_go(engine, scores):
     """vLLM's process groups are the process's own: the first engine to close must not take them from the others."""
-    other = VllmEngine(demo_student(), **levels(), config=SMALL)
+    other = VllmEngine(untrained_student(), **levels(), config=SMALL)
     assert apart(scores[:1], run(other, PROMPTS[:1])) == (0, 0)
     other.close()
     assert apart(scores[:1], run(engine, PROMPTS[:1])) == (0, 0)
@@ -174,7 +174,7 @@ def test_recurrent_states_are_allocated_in_float32(engine):
 
 def test_only_the_level_rows_of_the_projection_are_kept(engine):
     model = runner(engine).get_model()
-    kept = load_file(demo_student() / "model.safetensors")["lm_head.weight"][list(LEVEL_IDS)]
+    kept = load_file(untrained_student() / "model.safetensors")["lm_head.weight"][list(LEVEL_IDS)]
     assert model.level_head.weight_KH.dtype is kept.dtype
     assert torch.equal(model.level_head.weight_KH, kept)
     assert not [name for name, _ in model.named_parameters() if "lm_head" in name]
@@ -247,11 +247,11 @@ def test_step_with_nothing_in_flight_returns_at_once(engine):
 )
 def test_wrong_level_tokens(token_ids, values, message):
     with pytest.raises(ModelError, match=message):
-        VllmEngine(demo_student(), **levels(token_ids, values))
+        VllmEngine(untrained_student(), **levels(token_ids, values))
 
 
 def broken_copy(tmp_path, change):
-    folder = shutil.copytree(demo_student(), tmp_path / "model")
+    folder = shutil.copytree(untrained_student(), tmp_path / "model")
     change(folder)
     return folder
 

@@ -9,7 +9,7 @@ import pytest
 from tests import tiny_llava
 from tests.engines.vllm_prompts import LEVEL_IDS, LEVEL_VALUES, apart, run
 from zscore.demo import tokenizer
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 from zscore.engines.vllm import VllmConfig, VllmEngine, open_vllm
 from zscore.engines.vllm_classify import VllmClassifyEngine, fallback_notice, rebuild
 from zscore.errors import ModelError, UsageError
@@ -200,5 +200,7 @@ def test_architecture_that_vllm_lacks(tmp_path):
 
 @pytest.mark.vllm
 def test_our_own_architecture_keeps_its_probe_model():
-    with closing(open_vllm(demo_student(), **LEVELS, config=VllmConfig(max_model_len=256, cpu_cache_gib=0.25))) as ours:
+    with closing(
+        open_vllm(untrained_student(), **LEVELS, config=VllmConfig(max_model_len=256, cpu_cache_gib=0.25))
+    ) as ours:
         assert type(ours) is VllmEngine

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.engines.pooling import H, K, Request, imported_model, step
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 from zscore.distribution import EXTRA
 from zscore.engines import vllm_plugin
 
@@ -166,7 +166,7 @@ def test_pixel_rows_are_those_of_the_image_processor(model):
 
     from zscore.patches import PixelOptions, patchify
 
-    processor = AutoImageProcessor.from_pretrained(demo_student())
+    processor = AutoImageProcessor.from_pretrained(untrained_student())
     ramp = np.arange(256 * 320 * 3, dtype=np.uint32).reshape(256, 320, 3)
     picture = (ramp * 2_654_435_761 >> 13).astype(np.uint8)
     want = processor(images=[Image.fromarray(picture)], return_tensors="pt")["pixel_values"]

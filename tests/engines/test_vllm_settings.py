@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engines.vllm_prompts import LEVEL_IDS, LEVEL_VALUES, WINDOW, apart, joint, run, separate
-from zscore.demo.student import build_student, demo_student
+from zscore.demo.student import build_student, untrained_student
 from zscore.engines.vllm import VllmConfig, VllmEngine
 from zscore.errors import ModelError
 
@@ -41,7 +41,7 @@ CUT = [joint(seed, words=STEP - 21 + seed) for seed in range(WINDOW + 2)]
 
 @pytest.fixture(scope="module")
 def in_one_piece():
-    with closing(VllmEngine(demo_student(), **LEVELS, config=small())) as engine:
+    with closing(VllmEngine(untrained_student(), **LEVELS, config=small())) as engine:
         return run(engine, CUT)
 
 
@@ -49,7 +49,7 @@ def test_prompts_cut_at_every_position_of_the_probe_window(in_one_piece):
     behind = [len(prompt.token_ids) % STEP for prompt in CUT]
     assert behind == list(range(WINDOW + 2))
     settings = small(chunked_prefill=True, max_num_batched_tokens=STEP)
-    with closing(VllmEngine(demo_student(), **LEVELS, config=settings)) as engine:
+    with closing(VllmEngine(untrained_student(), **LEVELS, config=settings)) as engine:
         assert engine.lockstep
         assert engine._engine.vllm_config.scheduler_config.max_num_batched_tokens == STEP
         alone = [run(engine, [prompt])[0] for prompt in CUT]
@@ -61,7 +61,7 @@ def test_prompts_cut_at_every_position_of_the_probe_window(in_one_piece):
 
 
 def test_same_scores_after_a_restart(in_one_piece):
-    engine = VllmEngine(demo_student(), **LEVELS, config=small())
+    engine = VllmEngine(untrained_student(), **LEVELS, config=small())
     again = run(engine, CUT)
     engine.close()
     engine.close()
@@ -81,7 +81,7 @@ def test_prefix_cache():
     single, whole = separate(1, (16, 16), words=words), joint(2, (16, 16), words=words)
     settings = small(prefix_caching=True, max_num_seqs=1)
     cached = {}
-    with closing(VllmEngine(demo_student(), **LEVELS, config=settings)) as engine:
+    with closing(VllmEngine(untrained_student(), **LEVELS, config=settings)) as engine:
         step = engine._engine.step
 
         def counting():
@@ -122,16 +122,16 @@ def test_checkpoint_without_an_output_projection(tmp_path):
 
 def test_float32_on_a_cpu():
     with pytest.raises(ModelError, match="bfloat16 only: give --dtype bfloat16, or --engine transformers"):
-        VllmEngine(demo_student(), **LEVELS, config=small(dtype="float32"))
+        VllmEngine(untrained_student(), **LEVELS, config=small(dtype="float32"))
 
 
 QUIET = """
 from tests.engines.vllm_prompts import LEVEL_IDS, LEVEL_VALUES, joint, run
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 from zscore.engines.vllm import VllmConfig, VllmEngine
 import os, sys
 preload = os.environ.get("LD_PRELOAD")
-engine = VllmEngine(demo_student(), level_token_ids=LEVEL_IDS, level_values=LEVEL_VALUES,
+engine = VllmEngine(untrained_student(), level_token_ids=LEVEL_IDS, level_values=LEVEL_VALUES,
                     config=VllmConfig(max_model_len=512, max_num_seqs=2, cpu_cache_gib=0.25))
 assert len(run(engine, [joint(1), joint(2)])) == 2
 engine.close()
@@ -145,7 +145,7 @@ def test_terminal_stays_clean(tmp_path):
     inherited = ("VLLM_", "DO_NOT", "TORCH_", "ZSCORE_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
     environment |= {"PYTHONPATH": str(Path.cwd()), "HOME": str(tmp_path)}
-    environment |= {"XDG_CACHE_HOME": str(demo_student().parents[1])}
+    environment |= {"XDG_CACHE_HOME": str(untrained_student().parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", QUIET], check=False, capture_output=True, text=True, env=environment, timeout=400
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.engines.vllm_prompts import LEVEL_IDS, joint
-from zscore.demo.student import demo_student
+from zscore.demo.student import untrained_student
 from zscore_trainers.policy import PolicyBatch, ScorePolicy, find_score
 from zscore_trainers.vocabulary import log_partition, token_logprobs
 
@@ -16,7 +16,7 @@ from zscore_trainers.vocabulary import log_partition, token_logprobs
 def model():
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(demo_student(), dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(untrained_student(), dtype=torch.float32).eval()
 
 
 def batch_of(prompts, *, longer=0):

@@ -58,7 +58,7 @@ class Recipe:
 
 
 def tiny() -> Recipe:
-    """The demo student's: a body of 1.6 M parameters on 96x96 pictures, on a CPU."""
+    """The demo student's: a body of 1.2 M parameters on 96x96 pictures, on a CPU."""
     return Recipe(
         rubric="shapes",
         layout="joint",

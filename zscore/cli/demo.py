@@ -1,43 +1,54 @@
-"""`zscore demo`: the main job on shards that it writes itself."""
+"""`zscore demo`: the main job on shards that it draws itself, compared with what is true of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from zscore.evaluation import Evaluation
+
+SHARDS = 4
+SEED = 1
+"""Of the drawings; their prompts are of the split that no training sees."""
 
 
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where the shards and the scores go.")] = Path("demo-out"),
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "transformers",
+    prompts: Annotated[int, typer.Option(min=SHARDS, max=100_000, help="To draw four pictures for.")] = 240,
 ) -> None:
-    """Write a few shards of drawn pictures, score them with the demo student and show the table.
+    """Draw shards of shapes, score them with the demo student and compare the scores with the truth.
 
     \b
-    Example:
+    Examples:
       zscore demo demo-out
+      zscore demo demo-out --prompts 64 --engine vllm
     """
     from rich.console import Console
 
     from zscore.cli.score import execute
-    from zscore.demo.shards import write_demo_shards
-    from zscore.demo.student import demo_student
+    from zscore.demo.trained import demo_student
     from zscore.judge import JudgeOptions
     from zscore.score import ScoreOptions
+    from zscore_trainers.world.shards import WorldOptions, write_world
 
-    shards = folder / "demo-shards"
-    scores = folder / "demo-scores.parquet"
-    paths = write_demo_shards(shards)
+    shards, scores = folder / "demo-shards", folder / "demo-scores.parquet"
     console = Console()
-    console.print(f"wrote {len(paths)} shards to {shards}", highlight=False, soft_wrap=True)
+    drawn = WorldOptions(split="test", prompts=prompts, per_shard=-(-prompts // SHARDS), seed=SEED)
+    paths = write_world(shards, drawn)
+    console.print(f"drew {len(paths)} shards of {prompts} prompts into {shards}", highlight=False, soft_wrap=True)
     options = ScoreOptions(inputs=tuple(map(str, paths)), out=str(scores), overwrite=True)
     execute(options, JudgeOptions(model=str(demo_student()), engine=engine))
     console.print(_table(scores))
+    console.print(_agreement(_compared(scores, shards / "truth.csv")))
     console.print(
         f"All rows, with a distribution per dimension: {scores.resolve()}\n"
-        "The demo student is untrained: its scores only show the format. Score your own shards with a real one:\n"
-        f"  zscore score SHARDS/ --model STUDENT --out scores.parquet",
+        f"All of the comparison: zscore eval {scores} {shards / 'truth.csv'}\n"
+        "The demo student knows drawn shapes only. Score your own shards with a real one:\n"
+        "  zscore score SHARDS/ --model STUDENT --out scores.parquet",
         highlight=False,
         soft_wrap=True,
     )
@@ -58,4 +69,36 @@ def _table(scores: Path) -> object:
     heads = frame.group_by("shard", maintain_order=True).head(2)
     for row in heads.iter_rows(named=True):
         table.add_row(row["key"], row["prompt"], *(f"{row[name]:.2f}" for name in ("overall", *dimensions)))
+    return table
+
+
+def _compared(scores: Path, truth: Path) -> Evaluation:
+    """As `zscore eval` compares them."""
+    from zscore.agreement import Bootstrap
+    from zscore.evaluation import evaluate
+    from zscore.human import aggregate, aggregation
+    from zscore.human_formats import read_human
+    from zscore.matching import match
+    from zscore.tables import open_scores
+
+    table = open_scores(str(scores))
+    dimensions = table.metadata["rubric"]["dimensions"]
+    ratings = read_human(str(truth), [*dimensions, "overall"])
+    matched = match(
+        table.frame, dimensions, ratings, aggregate(ratings, aggregation("mean")), by=None, source=table.name
+    )
+    return evaluate(matched, table.values, margin=0.5, bootstrap=Bootstrap())
+
+
+def _agreement(found: Evaluation) -> object:
+    """PLCC, SRCC and HPA, with their intervals."""
+    from rich.table import Table
+
+    table = Table(title="Agreement with the truth, on unseen prompts", title_justify="left", box=None)
+    for column in ("", "PLCC", "SRCC", "HPA", "95 % interval", "pairs"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for report in found.dimensions:
+        cells = [f"{report.metrics[name].value:.3f}" for name in ("plcc", "srcc", "hpa")]
+        hpa = report.metrics["hpa"]
+        table.add_row(report.dimension, *cells, f"{hpa.low:.3f} - {hpa.high:.3f}", f"{report.pairs:,}")
     return table

@@ -1,1 +1,1 @@
-"""The demo student and the demo shards."""
+"""The demo student, and the untrained one that it began as."""

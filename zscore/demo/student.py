@@ -1,8 +1,9 @@
-"""The demo student: a tiny checkpoint of the Qwen3.5 architecture, written by code.
+"""A tiny checkpoint of the Qwen3.5 architecture with random weights, written by code.
 
 It has every part of the real one (gated delta net and full attention layers, a vision tower with merging, byte-level
-BPE, special tokens, chat template, processor files) and loads in transformers and in vLLM. It is untrained: its
-scores differ between pictures and prompts, and mean nothing.
+BPE, special tokens, chat template, processor files) and loads in transformers and in vLLM. Its scores differ between
+pictures and prompts, and mean nothing: it is for tests and benchmarks, and what the trained one
+(`zscore.demo.trained`) began as.
 
 The same arguments give the same bytes on every machine: the random numbers are NumPy's PCG64, each tensor has a
 stream of its own, and nothing depends on a library's own initialisation.
@@ -115,13 +116,13 @@ def build_student(
     return folder
 
 
-def demo_student() -> Path:
-    """Return the folder of the demo student, built on first use in the user's cache directory.
+def untrained_student() -> Path:
+    """Return the folder of an untrained student, built on first use in the user's cache directory.
 
     Several processes may ask at once: each builds its own copy, the first rename wins.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zscore"
-    folder = cache / f"demo-student-{_REVISION}"
+    folder = cache / f"untrained-student-{_REVISION}"
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -292,7 +293,7 @@ def _write_zscore(folder: Path) -> None:
             "layout": "joint",
             "levels": [str(level) for level in range(1, 10)],
             "max_pixels": 1_048_576,
-            "trained": "untrained: knows only the demo's pictures",
+            "trained": "untrained",
         },
     )
 
