@@ -7,7 +7,7 @@
 Every stage is a command that a user would type; one whose result lies in WORK is not run again, so that seeds may be
 run side by side and a study that was cut off goes on.
 
-    python benchmarks/world_study.py WORK --base WORK/base/model [--seeds 0 1 2]
+    python benchmarks/world_study.py [build/world-study] [--seeds 0 1 2]      hours; goes on where it was cut off
 
 Intervals draw test prompts, the same ones for all methods, and hold the seeds fixed. The configuration was chosen on
 prompts of the validation split, before the test prompts were scored.
@@ -30,6 +30,7 @@ from _common import report
 
 from zscore.agreement import Bootstrap, correlations, count_pairs
 from zscore.cli.app import build_app
+from zscore_trainers.world.base import make_base
 from zscore_trainers.world.shards import WorldOptions, write_world
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ METRICS = ("plcc", "srcc", "hpa", "margin_hpa")
 class Study:
     """Frozen before the test prompts were scored."""
 
+    base_steps: int = 800
+    base_until: int = 200
+    """Everything starts from a base model that was stopped early: a finished one has little left to learn."""
     labelled_prompts: int = 160
     """Four pictures each, with five raters."""
     more_prompts: int = 320
@@ -163,6 +167,15 @@ def draw(folder: Path, options: WorldOptions) -> None:
     draft = folder.with_name(f"{folder.name}.draft-{os.getpid()}")
     write_world(draft, options)
     draft.rename(folder)
+
+
+def base_model(work: Path, study: Study) -> Path:
+    """What everything starts from, made if it isn't there."""
+    made = work / "base" / "model"
+    if not (made / "zscore.json").exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        make_base(made.parent, steps=study.base_steps, until=study.base_until)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,12 +311,13 @@ def show(result: dict[str, Any], seconds: dict[str, float]) -> None:
 def main() -> None:
     """Run what is missing, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--base", type=Path, required=True, help="checkpoint that everything starts from")
+    parser.add_argument("work", type=Path, nargs="?", default=Path("build/world-study"))
+    parser.add_argument("--base", type=Path, help="checkpoint that everything starts from (else it is trained)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only-run", action="store_true", help="run the seeds' stages, compare nothing")
     given = parser.parse_args()
-    work, base, study = given.work.resolve(), given.base.resolve(), Study()
+    work, study = given.work.resolve(), Study()
+    base = (given.base or base_model(work, study)).resolve()
     options = WorldOptions(split="test", prompts=study.test_prompts, candidates=study.candidates, seed=1000)
     draw(work / "test", options)
     for seed in given.seeds:
