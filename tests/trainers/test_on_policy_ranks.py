@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.trainers.test_parallel import flat, state, torchrun
+from tests.trainers.test_parallel import distance, flat, state, torchrun
 from tests.trainers.test_train_algorithms import FAST, ROLLOUTS, options, world  # noqa: F401 - a fixture
 from zscore.errors import UsageError
 from zscore_trainers import parallel
@@ -106,10 +106,7 @@ def test_two_ranks_train_what_one_does(two, world, unsure, talker, tmp_path, alg
     before = {f"model.{name}": value for name, value in load_file(unsure / "model.safetensors").items()}
     mine, theirs = state(one)[0], state(two(algorithm))[0]
     assert mine.keys() == theirs.keys()
-    moved, apart = (
-        torch.stack([(mine[name] - other[name]).double().square().sum() for name in before]).sum().sqrt()
-        for other in (before, theirs)
-    )
+    moved, apart = (distance(mine, other) for other in (before, {name: theirs[name] for name in before}))
     assert moved > 0.1
     assert apart < 1e-3 * moved
 

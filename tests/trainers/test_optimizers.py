@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-
 import pytest
 import torch
 
@@ -20,12 +18,8 @@ HOW = {"betas": (0.9, 0.95), "weight_decay": 0.0}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("optimizers")
-    model = world_set.body(root / "model")
-    train = world_set.world_set(root / "world")
-    collate = world_set.collator(train, root / "world", model)
-    with closing(collate.pictures):
-        yield model, train, collate
+    with world_set.learnable(tmp_path_factory.mktemp("optimizers")) as found:
+        yield found
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

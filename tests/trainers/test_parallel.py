@@ -77,6 +77,11 @@ def two(world, script, tmp_path_factory):  # noqa: F811
     return out, done.stdout.splitlines()
 
 
+def distance(one, other):
+    """Between the weights that both have by the second's names."""
+    return torch.stack([(one[name] - other[name]).double().square().sum() for name in other]).sum().sqrt()
+
+
 class TestTwoRanks:
     def test_weights_are_those_of_one_process(self, two, world, tmp_path):  # noqa: F811
         """What four steps change differs by rounding: 1e-3 of it (AdamW divides by gradients near 0)."""
@@ -84,10 +89,7 @@ class TestTwoRanks:
         train(options(world, tmp_path / "one"), load_recipe("tiny", CHANGES))
         one, two_ranks = state(tmp_path / "one")[0], state(two[0])[0]
         assert one.keys() == two_ranks.keys() == before.keys()
-        moved, apart = (
-            torch.stack([(one[name] - other[name]).double().square().sum() for name in one]).sum().sqrt()
-            for other in (before, two_ranks)
-        )
+        moved, apart = (distance(one, other) for other in (before, two_ranks))
         assert moved > 0.1
         assert apart < 1e-3 * moved
 

@@ -23,12 +23,8 @@ from zscore_trainers.risd import Risd, RisdConfig
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Model folder, set and collator."""
-    root = tmp_path_factory.mktemp("training")
-    model = world_set.body(root / "model")
-    train = world_set.world_set(root / "world")
-    collate = world_set.collator(train, root / "world", model)
-    with closing(collate.pictures):
-        yield model, train, collate
+    with world_set.learnable(tmp_path_factory.mktemp("training")) as found:
+        yield found
 
 
 def risd(train, collate, batch=4, micro=4, **options):

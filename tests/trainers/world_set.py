@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,16 @@ def world_set(folder: Path, prompts: int = 4) -> TrainSet:
     labels_ND = torch.tensor([[truth[sample.key][name] for name in RUBRIC.names] for sample, _ in found])
     targets_NDK = label_targets(labels_ND, torch.tensor(RUBRIC.values)).numpy().astype(np.float32)
     return TrainSet([sample for sample, _ in found], [place for _, place in found], targets_NDK)
+
+
+@contextmanager
+def learnable(root: Path) -> Iterator[tuple[Path, TrainSet, Collator]]:
+    """Model folder, set and collator, made in a folder."""
+    model = body(root / "model")
+    train = world_set(root / "world")
+    collate = collator(train, root / "world", model)
+    with closing(collate.pictures):
+        yield model, train, collate
 
 
 def collator(train: TrainSet, folder: Path, model: Path, layout: str = "joint") -> Collator:

@@ -75,19 +75,12 @@ def _table(scores: Path) -> object:
 def _compared(scores: Path, truth: Path) -> Evaluation:
     """As `zscore eval` compares them."""
     from zscore.agreement import Bootstrap
-    from zscore.evaluation import evaluate
-    from zscore.human import aggregate, aggregation
-    from zscore.human_formats import read_human
-    from zscore.matching import match
+    from zscore.cli.evaluate import compare, load_ratings
     from zscore.tables import open_scores
 
-    table = open_scores(str(scores))
-    dimensions = table.metadata["rubric"]["dimensions"]
-    ratings = read_human(str(truth), [*dimensions, "overall"])
-    matched = match(
-        table.frame, dimensions, ratings, aggregate(ratings, aggregation("mean")), by=None, source=table.name
-    )
-    return evaluate(matched, table.values, margin=0.5, bootstrap=Bootstrap())
+    opened = open_scores(str(scores))
+    ratings = load_ratings(str(truth), opened.metadata["rubric"]["dimensions"], "table", None, None)
+    return compare(opened, ratings, "mean", bootstrap=Bootstrap())
 
 
 def _agreement(found: Evaluation) -> object:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from zscore.agreement import Bootstrap, Estimate
     from zscore.evaluation import DimensionReport, Evaluation
-    from zscore.human import Ratings
+    from zscore.human import Aggregation, Ratings
+    from zscore.tables import Scores
     from zscore.votes import Gsb
 
 # Metric → how the table calls it.
@@ -98,24 +99,42 @@ def evaluate(
 
         found["votes"] = count(read_votes(gsb), draws)
     if scores is not None and human is not None:
-        from zscore.evaluation import evaluate as run
-        from zscore.human import aggregate as aggregated
         from zscore.human import aggregation
-        from zscore.matching import match
         from zscore.tables import open_scores
 
-        table = open_scores(scores, allow_mixed=None)
-        dimensions = table.metadata["rubric"]["dimensions"]
-        ratings = load_ratings(human, dimensions, layout, column, names)
-        per_sample = aggregated(ratings, aggregation(aggregate))
+        opened = open_scores(scores, allow_mixed=None)
+        ratings = load_ratings(human, opened.metadata["rubric"]["dimensions"], layout, column, names)
+        how = aggregation(aggregate)
         if ratings.frame.height:
-            matched = match(
-                table.frame, dimensions, ratings, per_sample, by=by, allow_missing=allow_missing, source=table.name
+            found["scores"] = compare(
+                opened, ratings, how, bootstrap=draws, margin=margin, by=by, allow_missing=allow_missing
             )
-            found["scores"] = run(matched, table.values, margin=margin, bootstrap=draws)
         else:
             typer.echo(plain(f"{human} holds no ratings: nothing to compare"), err=as_json)
     _show(found, as_json=as_json)
+
+
+def compare(
+    scores: Scores,
+    ratings: Ratings,
+    how: Aggregation,
+    *,
+    bootstrap: Bootstrap,
+    margin: float = 0.5,
+    by: str | None = None,
+    allow_missing: bool = False,
+) -> Evaluation:
+    """Ratings aggregated, matched to the scores and compared with them; shared with `zscore demo`."""
+    from zscore.evaluation import evaluate as run
+    from zscore.human import aggregate
+    from zscore.matching import match
+
+    dimensions = scores.metadata["rubric"]["dimensions"]
+    per_sample = aggregate(ratings, how)
+    matched = match(
+        scores.frame, dimensions, ratings, per_sample, by=by, allow_missing=allow_missing, source=scores.name
+    )
+    return run(matched, scores.values, margin=margin, bootstrap=bootstrap)
 
 
 def load_ratings(
