@@ -4,11 +4,12 @@ P pairs of drawn pictures, G = 8 outputs of about 48 random tokens behind each s
 student's body in float32. The loss is that of a GDSO step: cross-entropy of every output's score (eq. 8), errors of the
 score gaps over all G x G cross pairs (eq. 11), and the policy gradient on the outputs' tokens (eqs. 3, 4 and 13).
 
-Three ways to one gradient: `two_pass` over micro-batches of 8; all sequences in one batch, whose graph is held at once;
-and the same micro-batches with all their graphs held (`kept`), which shows what the batch's size alone does to the
-time. They run in turn in one process, and each round gives a ratio; seconds of the process's processor stand beside the
-clock's, because others use the machine. Memory is that of tensors above what a resting process holds (parameters),
-gradients included, each way in a process of its own (see `_memory.py`).
+Three ways to one gradient: `two_pass` over micro-batches of 8 of like lengths, as GDSO makes them; all sequences in one
+batch, padded to the longest, whose graph is held at once; and the same micro-batches with all their graphs held
+(`kept`), which shows what the batches' size and padding alone do to the time. They run in turn in one process, and each
+round gives a ratio; seconds of the process's processor stand beside the clock's, because others use the machine. Memory
+is that of tensors above what a resting process holds (parameters), gradients included, each way in a process of its own
+(see `_memory.py`).
 
     python benchmarks/gdso_two_pass.py [--pairs 4] [--micro-batch 8] [--rounds 7]
 """
@@ -84,10 +85,11 @@ class Problem:
         return cls(policy, whole, outputs_NT, torch.tensor(labels).reshape(pairs, 2), values_K)
 
     def forward(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
-        """Score logits (B, K) and token log-probabilities (B, T)."""
+        """Score logits (B, K) and token log-probabilities (B, T of the whole batch)."""
         found = self.policy(batch)
         assert found.logprob_BT is not None
-        return found.score_logits_BDK[:, 0], found.logprob_BT
+        behind = self.batch.tokens_BT.shape[1] - found.logprob_BT.shape[1]
+        return found.score_logits_BDK[:, 0], torch.nn.functional.pad(found.logprob_BT, (0, behind))
 
     def loss(self, logits_NK: Tensor, logprob_NT: Tensor) -> Tensor:
         """Of a GDSO step."""
@@ -125,34 +127,40 @@ def padded(rows: list[tuple[int, Tensor]], pixels_NX: Tensor) -> tuple[PolicyBat
     return batch, (at_T >= prompts_N1) & (at_T < lengths_N1)
 
 
-def split(batch: PolicyBatch, size: int) -> list[PolicyBatch]:
-    """Micro-batches."""
-    parts = zip(
-        batch.tokens_BT.split(size),
-        batch.mask_BT.split(size),
-        batch.pixels_NX.split(size * PATCHES),
-        batch.grid_B3.split(size),
-        batch.probes_BD.split(size),
-        strict=True,
-    )
-    names = ("tokens_BT", "mask_BT", "pixels_NX", "grid_B3", "probes_BD")
-    return [PolicyBatch(**dict(zip(names, part, strict=True))) for part in parts]
+def split(batch: PolicyBatch, size: int) -> tuple[list[PolicyBatch], list[int]]:
+    """Micro-batches of like lengths, as GDSO makes them, and which sequences they hold."""
+    lengths_N = batch.mask_BT.sum(-1)
+    order = torch.argsort(lengths_N, stable=True)
+    pixels_NPX = batch.pixels_NX.unflatten(0, (len(order), PATCHES))
+
+    def part(chosen: Tensor) -> PolicyBatch:
+        longest = int(lengths_N[chosen].max())
+        return PolicyBatch(
+            tokens_BT=batch.tokens_BT[chosen, :longest],
+            mask_BT=batch.mask_BT[chosen, :longest],
+            pixels_NX=pixels_NPX[chosen].flatten(0, 1),
+            grid_B3=batch.grid_B3[chosen],
+            probes_BD=batch.probes_BD[chosen],
+        )
+
+    return [part(chosen) for chosen in order.split(size)], order.tolist()
 
 
 def ways(problem: Problem, micro_batch: int) -> dict[str, Callable[[], Tensor]]:
     """Each adds the gradient of the step to the parameters' and returns the loss."""
-    parts = split(problem.batch, micro_batch)
+    parts, order = split(problem.batch, micro_batch)
+    back = torch.argsort(torch.tensor(order))
 
-    def held(batches: list[PolicyBatch]) -> Tensor:
+    def held(batches: list[PolicyBatch], back: Tensor | slice) -> Tensor:
         outputs = [problem.forward(batch) for batch in batches]
-        value = problem.loss(*(torch.cat(tensors) for tensors in zip(*outputs, strict=True)))
+        value = problem.loss(*(torch.cat(tensors)[back] for tensors in zip(*outputs, strict=True)))
         value.backward()
         return value.detach()
 
     return {
-        "two_pass": lambda: two_pass(problem.forward, parts, problem.loss),
-        "single": lambda: held([problem.batch]),
-        "kept": lambda: held(parts),
+        "two_pass": lambda: two_pass(problem.forward, parts, problem.loss, order=order),
+        "single": lambda: held([problem.batch], slice(None)),
+        "kept": lambda: held(parts, back),
     }
 
 

@@ -172,7 +172,8 @@ def test_gdso_ways_agree_and_two_passes_hold_less(benchmark, tmp_path):
         with memory.Tensors() as tensors:
             values[name] = float(way())
         gradients[name], peaks[name] = script.gradient(problem), memory.peak(tensors.changes)[0]
-    assert values["two_pass"] == pytest.approx(values["single"], rel=1e-5)
+    # A sum of terms of either sign; another width of padding sums them in another order.
+    assert values["two_pass"] == pytest.approx(values["single"], abs=1e-4)
     for name in ("two_pass", "kept"):
         assert (gradients[name] - gradients["single"]).norm() < 1e-4 * gradients["single"].norm()
     assert peaks["two_pass"] < 0.5 * min(peaks["single"], peaks["kept"])
@@ -188,7 +189,18 @@ def test_ratios_are_taken_round_by_round(benchmark):
 def test_micro_batches_are_the_batch_again(benchmark, tmp_path):
     script = benchmark("gdso_two_pass")
     whole = script.Problem.drawn(tmp_path, 1).batch
-    parts = script.split(whole, 5)
+    parts, order = script.split(whole, 5)
     assert [len(part.tokens_BT) for part in parts] == [5, 5, 5, 1]
-    for name in ("tokens_BT", "mask_BT", "pixels_NX", "grid_B3", "probes_BD"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    assert sorted(order) == list(range(16))
+    lengths = whole.mask_BT.sum(-1)[order]
+    assert (lengths.diff() >= 0).all()
+    assert [part.tokens_BT.shape[1] for part in parts] == [int(some.max()) for some in lengths.split(5)]
+    rows = iter(order)
+    for part in parts:
+        pictures = part.pixels_NX.unflatten(0, (-1, script.PATCHES))
+        for at, row in zip(range(len(part.tokens_BT)), rows, strict=False):
+            length = int(whole.mask_BT[row].sum())
+            assert torch.equal(part.tokens_BT[at, :length], whole.tokens_BT[row, :length])
+            assert part.mask_BT[at].sum() == length
+            assert torch.equal(pictures[at], whole.pixels_NX.unflatten(0, (-1, script.PATCHES))[row])
+            assert torch.equal(part.probes_BD[at], whole.probes_BD[row])

@@ -152,6 +152,18 @@ class TestGdso:
             found = learned(gdso(sampling, micro_batch=size), policy)[1]
             assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
+    def test_gradients_dont_depend_on_the_order_in_which_outputs_are_read(self, sampling, policy, monkeypatch):
+        """Short ones come first, so that little padding is computed; each keeps its picture, label and reference."""
+        reference = Reference(copy.deepcopy(policy), every=5)
+        with torch.no_grad():
+            reference.frozen.model.get_output_embeddings().weight.mul_(0.99)
+        found, wanted = learned(gdso(sampling, reference=reference, micro_batch=1), policy, step=1)
+        monkeypatch.setattr("zscore_trainers.grpo.by_length", lambda drawn: [2, 0, 3, 1])
+        other, gradient = learned(gdso(sampling, reference=reference, micro_batch=3), policy, step=1)
+        assert found == pytest.approx(other, rel=1e-3)
+        assert found["kl"] > 0
+        assert (gradient - wanted).norm() < 1e-4 * wanted.norm()
+
     def test_what_the_direct_losses_add(self, sampling, policy):
         """Gradients are linear in the weights of eq. 14's terms."""
         none = learned(gdso(sampling, alpha_pt=0, alpha_pw=0), policy)[1]

@@ -75,6 +75,22 @@ def test_any_micro_batches_in_any_order(whole, size, seed, kept):
     torch.testing.assert_close(gradients(model), whole[1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1, 5, SAMPLES])
+def test_an_order_that_the_loss_need_not_know(whole, size):
+    model, inputs = problem()
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(4))
+    loss, seen = loss_of(torch.arange(SAMPLES)), []
+
+    def watched(logits, logprobs):
+        seen.append(logits.detach())
+        return loss(logits, logprobs)
+
+    value = two_pass(lambda batch: forward(model, batch), inputs[order].split(size), watched, order=order.tolist())
+    torch.testing.assert_close(seen[0], forward(model, inputs)[0].detach())
+    assert float(value) == pytest.approx(whole[0], abs=1e-12)
+    torch.testing.assert_close(gradients(model), whole[1], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("kept", [0, 1, 3, 100])
 def test_a_kept_graph_saves_a_forward_pass_and_is_gone_before_the_next(kept):
     """Graphs that wait for their backward pass, at every call: never more than are kept, and one at least."""
@@ -142,7 +158,9 @@ def on_rank(rank, port, order, sizes, path):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     mine = inputs[order].split(sizes)[rank]
-    value = two_pass(lambda batch: forward(model, batch), mine.tensor_split(3), loss_of(order), group=mesh.get_group())
+    own = torch.randperm(len(mine), generator=torch.Generator().manual_seed(rank))
+    batches, group = mine[own].tensor_split(3), mesh.get_group()
+    value = two_pass(lambda batch: forward(model, batch), batches, loss_of(order), order=own.tolist(), group=group)
     found = torch.cat([parameter.grad.full_tensor().flatten() for parameter in model.parameters()])
     if rank == 0:
         torch.save((value, found), path)

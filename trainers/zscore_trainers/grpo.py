@@ -25,7 +25,7 @@ import torch
 
 from zscore.errors import UsageError
 from zscore_trainers import losses, parallel
-from zscore_trainers.rollouts import check_one_of, rollout_seed
+from zscore_trainers.rollouts import by_length, check_one_of, rollout_seed
 from zscore_trainers.sequences import at_left, collate, read_outputs
 from zscore_trainers.two_pass import two_pass
 
@@ -146,16 +146,19 @@ class Grpo:
         if self.reference is not None:
             self.reference.refresh(policy, step)
         drawn = self._draw(numbers, step)
-        size = self._config.micro_batch
-        batches = [self._sequences(drawn[start : start + size]) for start in range(0, len(drawn), size)]
+        order, size = by_length(drawn), self._config.micro_batch
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = [self._sequences([drawn[at] for at in part]) for part in parts]
         width = parallel.largest(max(len(one.written.tokens) for one in drawn))
-        sampled = self._sampled(numbers, drawn, batches, width).gathered()
+        sampled = self._sampled(numbers, drawn, order, batches, width).gathered()
         logged: dict[str, float] = {}
 
         def loss(logits_NK: Tensor, logprob_NT: Tensor) -> Tensor:
             return self.loss(sampled, logits_NK, logprob_NT, logged)
 
-        value = two_pass(lambda batch: read_outputs(policy, batch, width), batches, loss, group=parallel.group())
+        value = two_pass(
+            lambda batch: read_outputs(policy, batch, width), batches, loss, order=order, group=parallel.group()
+        )
         return {"loss": float(value), **logged}
 
     def _draw(self, numbers: Sequence[int], step: int) -> list[Rollout]:
@@ -177,8 +180,15 @@ class Grpo:
         return collate(self._collator.pad, [(one.prompt, one.written) for one in rollouts])
 
     def _sampled(
-        self, numbers: Sequence[int], drawn: Sequence[Rollout], batches: Sequence[OutputBatch], width: int
+        self,
+        numbers: Sequence[int],
+        drawn: Sequence[Rollout],
+        order: Sequence[int],
+        batches: Sequence[OutputBatch],
+        width: int,
     ) -> Sampled:
+        """What the loss wants to know of the outputs, as they were drawn; the batches hold them in `order`."""
+        back = torch.argsort(torch.tensor(order))
         level_of = {token: at for at, token in enumerate(self._collator.builder.level_ids)}
         text_N = torch.full((len(drawn),), float("nan"))
         sampled_NT = torch.zeros(len(drawn), width)
@@ -192,9 +202,9 @@ class Grpo:
             valid_N=~text_N.isnan(),
             text_N=text_N,
             sampled_NT=sampled_NT,
-            output_NT=torch.cat([at_left(batch.output_BT, batch, width) for batch in batches]),
-            score_NT=torch.cat([at_left(batch.score_BT, batch, width) for batch in batches]),
-            reference_NT=None if reference is None else torch.cat([reference(batch, width) for batch in batches]),
+            output_NT=torch.cat([at_left(batch.output_BT, batch, width) for batch in batches])[back],
+            score_NT=torch.cat([at_left(batch.score_BT, batch, width) for batch in batches])[back],
+            reference_NT=None if reference is None else torch.cat([reference(batch, width) for batch in batches])[back],
         )
 
     def loss(self, sampled: Sampled, logits_NK: Tensor, logprob_NT: Tensor, logged: dict[str, float]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from zscore_trainers import losses
-from zscore_trainers.rollouts import check_one_of, rollout_seed
+from zscore_trainers.rollouts import by_length, check_one_of, rollout_seed
 from zscore_trainers.sequences import at_left, collate, read_outputs, token_logprobs
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class Opd:
         numbers = self.sampling.share(self._order, step)
         self.sampling.rollouts.follow(policy)
         drawn = self._draw(numbers, step)
+        drawn = [drawn[at] for at in by_length(drawn)]
         totals = torch.zeros(3, dtype=torch.float64)
         for start in range(0, len(drawn), self._config.micro_batch):
             some = drawn[start : start + self._config.micro_batch]

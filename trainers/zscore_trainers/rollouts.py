@@ -44,6 +44,15 @@ class Rollout:
     probs_K: NDArray[np.float32] | None
     """The generator's own distribution at the score, to see how far it is from the trainer's; None without one."""
 
+    def __len__(self) -> int:
+        """Tokens of the prompt and the output."""
+        return len(self.prompt.token_ids) + len(self.written.tokens)
+
+
+def by_length(drawn: Sequence[Rollout]) -> list[int]:
+    """Their numbers, short ones first: micro-batches of like lengths leave little padding to compute."""
+    return sorted(range(len(drawn)), key=lambda at: len(drawn[at]))
+
 
 class Rollouts:
     """Draws rollouts."""

@@ -35,6 +35,7 @@ def two_pass(
     micro_batches: Sequence[Batch],
     loss: Callable[..., Tensor],
     *,
+    order: Sequence[int] | None = None,
     group: dist.ProcessGroup | None = None,
     kept: int = 1,
 ) -> Tensor:
@@ -43,8 +44,10 @@ def two_pass(
     Args:
         forward: one micro-batch → tensors whose first dimension is the sample; the other dimensions agree between
             micro-batches (and ranks).
-        micro_batches: this rank's samples in order. Every rank has as many micro-batches.
+        micro_batches: this rank's samples, in `order`. Every rank has as many micro-batches.
         loss: the tensors of all samples, in order (ranks first), → a scalar.
+        order: which sample comes first in the micro-batches, second …; else they come in order. Sequences of like
+            length in one micro-batch leave little padding to compute.
         group: the ranks to gather over; none where there is one process. Gradients are expected to be averaged over
             the ranks afterwards, as FSDP and DDP do.
         kept: micro-batches whose graphs are held at once, from the first pass on; every one saves a forward pass.
@@ -63,6 +66,8 @@ def two_pass(
     live = [forward(batch) for batch in micro_batches[again:]]
     with torch.no_grad():
         mine = tuple(torch.cat(parts) for parts in zip(*first, *live, strict=True))
+    samples = torch.arange(len(mine[0])) if order is None else torch.tensor(order)
+    mine = tuple(tensor[torch.argsort(samples)] for tensor in mine)
     gathered = [_gather(tensor, group) for tensor in mine]
     leaves = tuple(tensor.detach().requires_grad_() for tensor, _ in gathered)
     value = loss(*leaves)
@@ -71,7 +76,7 @@ def two_pass(
     own = []
     for gradient, leaf, (_, start), tensor in zip(gradients, leaves, gathered, mine, strict=True):
         whole = torch.zeros_like(leaf) if gradient is None else gradient
-        own.append(whole[start : start + len(tensor)] * ranks)  # undone by the average over ranks
+        own.append(whole[start : start + len(tensor)][samples] * ranks)  # undone by the average over ranks
     counts = [len(outputs[0]) for outputs in (*first, *live)]
     parts = list(zip(*(torch.split(gradient, counts) for gradient in own), strict=True))
     while live:  # first, so that their graphs make room
