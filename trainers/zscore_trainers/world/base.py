@@ -1,34 +1,31 @@
 """The world's base model: a tiny vision-language model that has learned to see, to speak and to score.
 
 What Qwen3.5 is to a real teacher and student, this is to those of the world: the checkpoint that every algorithm starts
-from. Scenes are drawn as the run goes, none twice; a half of each batch is asked for scores at once (joint layout), the
-other for a reasoning and then the score. Which scenes a step sees follows from the seed and the step alone, so a run
-goes on exactly (`zscore_trainers.engine`).
+from. Scenes are drawn as the run goes, none twice. The vision tower learns to see first (`sight`); then the model says
+what it sees; then a half of each batch is asked for scores at once (joint layout), the other for a reasoning and a
+score. Which scenes a step sees follows from the seed and the step alone, so a run goes on exactly
+(`zscore_trainers.engine`).
 
-    python -m zscore_trainers.world.base OUT [--steps 800] [--until 200] [--seed 0]
+    python -m zscore_trainers.world.base OUT [--steps 3000] [--until 500] [--seed 0]
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import math
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.fft import dct
 
 from zscore._torchvision import ensure_importable
 from zscore.checkpoint import read_checkpoint
 from zscore.demo.student import build_student
-from zscore.patches import PixelOptions, patchify
-from zscore.records import Pixels
+from zscore.patches import PixelOptions
 from zscore.rubrics.rubric import load_rubric
 from zscore.templates import PromptBuilder
 from zscore_trainers.data import Padding
@@ -37,19 +34,19 @@ from zscore_trainers.export import export
 from zscore_trainers.losses import mass_loss
 from zscore_trainers.policy import ScorePolicy
 from zscore_trainers.recipes import load_recipe
-from zscore_trainers.sequences import collate, given
+from zscore_trainers.sequences import Written, collate, given
 from zscore_trainers.world.raters import spread
-from zscore_trainers.world.render import EDGE, Canvas, render, to_uint8
-from zscore_trainers.world.scenes import draw_scene, reasoning
+from zscore_trainers.world.render import EDGE
+from zscore_trainers.world.scenes import caption, draw_scene, reasoning
 from zscore_trainers.world.shards import prompt_of
+from zscore_trainers.world.sight import cut, filters, patches, teach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
-    from zscore.records import EnginePrompt
+    from zscore.records import EnginePrompt, Pixels
     from zscore.rubrics.rubric import Layout, Rubric
     from zscore_trainers.world.scenes import Scene
 
@@ -58,13 +55,6 @@ LAYERS = ["linear_attention", *3 * ["full_attention"]]
 LAYOUTS: tuple[Layout, Layout] = ("joint", "reasoning")
 TEXT: dict[str, Any] = {"num_hidden_layers": len(LAYERS), "layer_types": LAYERS, "tie_word_embeddings": True}
 
-
-SHARP, SHARP_GAIN, SHARP_FROM = 24, 10.0, 4
-"""Filters for grain and edges in the patch embedding, their strength, and the lowest sum of their two frequencies.
-
-Filters drawn at random see the ground a hundred times as strongly as the grain on it, and a body that starts with those
-alone learns of grain and blur very late.
-"""
 CALM = (
     ("language_model", ("o_proj.weight", "out_proj.weight", "down_proj.weight"), 0.03),
     ("visual.blocks", ("attn.proj.weight", "linear_fc2.weight"), 0.3),
@@ -74,6 +64,13 @@ CALM = (
 
 At full strength, what random layers write drowns the words that say which dimension is asked for.
 """
+PLACE_GAIN = 5.0
+"""How much stronger the vision tower's place embeddings are made: words for places are looked up by them."""
+TOWER = "model.visual."
+EMBEDDING = f"{TOWER}patch_embed.proj"
+FILTER_SCENES = 64
+"""Scenes whose patches the filters are made for."""
+SIGHT_STEPS = 200
 SAVE_EVERY = 100
 
 
@@ -81,14 +78,21 @@ SAVE_EVERY = 100
 class BaseConfig:
     """How it learns."""
 
-    batch_size: int = 64
+    batch_size: int = 32
     """Pictures a step."""
-    micro_batch: int = 64
+    micro_batch: int = 32
     """Here always the batch."""
+    captions: int = 250
+    """First steps, which only say what is seen, whatever is asked for."""
     told: float = 0.5
     """Share that is reasoned about; the rest is scored at once."""
-    alignment: float = 0.4
+    alignment: float = 0.6
     """Share of the reasonings that are about alignment, which says most of what is seen."""
+    unrelated: float = 0.4
+    """Share of those that are asked about another scene's prompt, and only say what is seen.
+
+    A caption that can be read off the prompt teaches to repeat the prompt.
+    """
     mass: float = 0.05
     """Weight of the mass on the level tokens."""
 
@@ -108,9 +112,7 @@ class Base:
         self._config = config
         self._rubric = rubric
         self._pad = Padding.of(checkpoint)
-        self._pixels = PixelOptions(
-            patch=checkpoint.patch, merge=checkpoint.merge, min_pixels=EDGE**2, max_pixels=EDGE**2
-        )
+        self._pixels = pixel_options(folder)
         self._direct, self._told = (
             PromptBuilder(folder, rubric, layout, merge=checkpoint.merge, max_tokens=checkpoint.max_tokens)
             for layout in LAYOUTS
@@ -127,30 +129,42 @@ class Base:
         rng = random.Random(f"base {self._seed} {step}")  # noqa: S311 - drawings, not secrets
         scenes = [draw_scene(prompt_of("train", rng), rng) for _ in range(self._config.batch_size)]
         pixels = cut(scenes, self._pixels)
+        if step < self._config.captions:
+            words = self._say(policy, [self._caption(*pair, rng) for pair in zip(scenes, pixels, strict=True)])
+            return {"loss": words, "words": words}
         first = round(self._config.told * len(scenes))
-        told = self._reason(policy, scenes[:first], pixels[:first], rng)
+        drawn = zip(scenes[:first], pixels[:first], strict=True)
+        told = self._say(policy, [self._reasoning(*pair, rng) for pair in drawn])
         divergence, mass = self._score(policy, scenes[first:], pixels[first:])
         return {"loss": told + divergence, "words": told, "divergence": divergence, "mass": mass}
 
-    def _reason(
-        self, policy: ScorePolicy, scenes: Sequence[Scene], pixels: Sequence[Pixels], rng: random.Random
-    ) -> float:
-        """Cross-entropy of the tokens of reasonings and of scores as raters would give them."""
-        names = self._rubric.names
-        weights = [self._config.alignment, *[(1 - self._config.alignment) / (len(names) - 1)] * (len(names) - 1)]
-        pairs = []
-        for scene, picture in zip(scenes, pixels, strict=True):
-            (at,) = rng.choices(range(len(names)), weights)
-            (level,) = rng.choices(range(len(self._rubric.values)), list(ratings(scene.truth[names[at]], self._rubric)))
-            prompt = _built(self._told, scene, picture)[at]
-            pairs.append((prompt, given(self._told, self._rubric, reasoning(scene, names[at]), level)))
-        batch = collate(self._pad, pairs)
+    def _say(self, policy: ScorePolicy, told: Sequence[tuple[EnginePrompt, Written]]) -> float:
+        """Cross-entropy of the outputs' tokens."""
+        batch = collate(self._pad, told)
         device = next(policy.parameters()).device
         found = policy(batch.policy.to(device))
         output_BT = batch.output_BT.to(device)
         loss = -(found.logprob_BT * output_BT).sum() / output_BT.sum()
         loss.backward()
         return float(loss.detach())
+
+    def _caption(self, scene: Scene, pixels: Pixels, rng: random.Random) -> tuple[EnginePrompt, Written]:
+        """What is seen, asked with the prompt of another scene."""
+        asked = replace(scene, asked=prompt_of("train", rng))
+        prompt = _built(self._told, asked, pixels)[self._rubric.names.index("alignment")]
+        return prompt, Written(tuple(self._told.encode(caption(scene))), None)
+
+    def _reasoning(self, scene: Scene, pixels: Pixels, rng: random.Random) -> tuple[EnginePrompt, Written]:
+        """A judge's words on some dimension, and a score as raters would give it; at times a caption alone."""
+        names, share = self._rubric.names, self._config.alignment
+        weights = [share if name == "alignment" else (1 - share) / (len(names) - 1) for name in names]
+        (at,) = rng.choices(range(len(names)), weights)
+        if names[at] == "alignment" and rng.random() < self._config.unrelated:
+            return self._caption(scene, pixels, rng)
+        levels_K = ratings(scene.truth[names[at]], self._rubric)
+        (level,) = rng.choices(range(len(levels_K)), levels_K.tolist())
+        written = given(self._told, self._rubric, reasoning(scene, names[at]), level)
+        return _built(self._told, scene, pixels)[at], written
 
     def _score(self, policy: ScorePolicy, scenes: Sequence[Scene], pixels: Sequence[Pixels]) -> tuple[float, float]:
         """KL from the distribution of ratings to the policy's (eq. 15), and the mass on the levels."""
@@ -171,9 +185,12 @@ class Base:
 
 
 def prepare(folder: Path, seed: int = 0) -> Path:
-    """Make the weights of an untrained student ready to be trained: sharp-eyed and calm; returns the folder."""
+    """Make the weights of an untrained student ready to be trained: with good filters, and calm; returns the folder."""
     tensors = load_file(folder / "model.safetensors")
-    sharpen(tensors["model.visual.patch_embed.proj.weight"], seed)
+    rng = random.Random(f"filters {seed}")  # noqa: S311 - drawings, not secrets
+    seen = cut([draw_scene(prompt_of("train", rng), rng) for _ in range(FILTER_SCENES)], pixel_options(folder))
+    filters(tensors[f"{EMBEDDING}.weight"], tensors[f"{EMBEDDING}.bias"], patches(seen), seed)
+    tensors["model.visual.pos_embed.weight"].mul_(PLACE_GAIN)
     for name, tensor in tensors.items():
         for part, ends, gain in CALM:
             if part in name and name.endswith(ends):
@@ -182,14 +199,29 @@ def prepare(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def sharpen(weight_HCTPP: Tensor, seed: int = 0) -> None:
-    """Make some filters of a patch embedding cosines of high frequency, the same in all colours; in place."""
-    _, colours, frames, edge, _ = weight_HCTPP.shape
-    waves_PP = torch.from_numpy(dct(np.eye(edge), norm="ortho", axis=0))
-    high = [pair for pair in itertools.product(range(edge), repeat=2) if sum(pair) >= SHARP_FROM]
-    gain = SHARP_GAIN / math.sqrt(colours) / frames  # frames are copies of one picture
-    for row, (down, across) in enumerate(random.Random(seed).sample(high, SHARP)):  # noqa: S311
-        weight_HCTPP[row] = gain * torch.outer(waves_PP[down], waves_PP[across])
+def see(folder: Path, seed: int = 0, log: Callable[[str], None] = print) -> Path:
+    """Teach the vision tower of a checkpoint to see (`zscore_trainers.world.sight`); returns the folder."""
+    model = load(folder)
+    teach(model.model.visual, pixel_options(folder), steps=SIGHT_STEPS, seed=seed, log=log)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in model.model.visual.state_dict(prefix=TOWER).items():
+        tensors[name] = tensor.to(tensors[name].dtype).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def pixel_options(folder: Path) -> PixelOptions:
+    """How a checkpoint wants the world's pictures."""
+    made = read_checkpoint(str(folder))
+    return PixelOptions(patch=made.patch, merge=made.merge, min_pixels=EDGE**2, max_pixels=EDGE**2)
+
+
+def load(folder: Path) -> Any:
+    """The model of a checkpoint, float32."""
+    ensure_importable()
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
 
 
 def ratings(truth: float, rubric: Rubric) -> NDArray[np.float64]:
@@ -197,13 +229,6 @@ def ratings(truth: float, rubric: Rubric) -> NDArray[np.float64]:
     values_K = np.asarray(rubric.values)
     weights_K = np.exp(-((values_K - truth) ** 2) / (2 * spread(truth) ** 2))
     return np.asarray(weights_K / weights_K.sum())
-
-
-def cut(scenes: Sequence[Scene], options: PixelOptions) -> list[Pixels]:
-    """Drawn and cut into patches."""
-    grid = (EDGE // options.patch, EDGE // options.patch)
-    drawn = to_uint8(render(Canvas.of(list(scenes))))
-    return [Pixels(patchify(picture, options), grid, EDGE, EDGE) for picture in drawn]
 
 
 def _built(builder: PromptBuilder, scene: Scene, pixels: Pixels) -> list[EnginePrompt]:
@@ -227,22 +252,18 @@ def make_base(
     Returns:
         The checkpoint's folder.
     """
-    ensure_importable()
-    from transformers import AutoModelForImageTextToText
-
     recipe = load_recipe("tiny")
     start = out / "start"
     if not start.exists():
         draft = out / "start.draft"
         shutil.rmtree(draft, ignore_errors=True)
-        prepare(build_student(draft, seed=seed, text=TEXT), seed)
+        see(prepare(build_student(draft, seed=seed, text=TEXT), seed), seed, log)
         draft.rename(start)
     torch.manual_seed(seed)
     algorithm = Base(BaseConfig(), load_rubric(recipe.rubric), start, seed)
-    model = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32)
-    policy = ScorePolicy(model, algorithm.level_ids)
+    policy = ScorePolicy(load(start), algorithm.level_ids)
     config = EngineConfig(
-        steps=steps, optimizer="muon", learning_rate=1e-3, final_share=0.05, warmup=20, save_every=SAVE_EVERY
+        steps=steps, optimizer="muon", learning_rate=2e-3, final_share=0.05, warmup=20, save_every=SAVE_EVERY
     )
     engine = Engine(policy, algorithm, config, out, {"seed": seed})
     engine.resume()
@@ -255,7 +276,7 @@ def main() -> None:
     """Make the base model, or go on with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--until", type=int, help="stop after this step")
     options = parser.parse_args()

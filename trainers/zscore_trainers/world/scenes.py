@@ -12,7 +12,7 @@ drawn for each dimension by itself; the true score of a dimension is 5 less the 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     import random
@@ -35,6 +35,12 @@ FAULTLESS_SHARE = 0.35
 Spoiler = Literal["noise", "blur"]
 Clash = Literal["garish", "stripes"]
 Impossibility = Literal["floating", "pierced"]
+KINDS: dict[str, tuple[str, str]] = {
+    "realism": get_args(Spoiler),
+    "aesthetics": get_args(Clash),
+    "plausibility": get_args(Impossibility),
+}
+"""Of faults, for each dimension but alignment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +96,8 @@ def _penalty(asked: Thing, shown: Thing | None) -> float:
 
 
 def draw_prompt(rng: random.Random) -> tuple[Thing, ...]:
-    """Things to ask for, each in a cell of its own."""
-    cells = rng.sample(range(9), rng.randint(1, MOST_OBJECTS))
+    """Things to ask for, each in a cell of its own, row by row."""
+    cells = sorted(rng.sample(range(9), rng.randint(1, MOST_OBJECTS)))
     return tuple(Thing(rng.choice(FORMS), rng.choice(COLOURS), rng.choice(SIZES), cell) for cell in cells)
 
 
@@ -143,8 +149,9 @@ def _other(values: tuple[str, ...], value: str, rng: random.Random) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """What is seen, whatever was asked for."""
-    return "I see " + " and ".join(str(thing) for thing in scene.shown if thing) + "."
+    """What is seen, row by row, whatever was asked for."""
+    seen = sorted((thing for thing in scene.shown if thing), key=lambda thing: thing.place)
+    return f"I see {' and '.join(map(str, seen))}."
 
 
 def reasoning(scene: Scene, dimension: str) -> str:

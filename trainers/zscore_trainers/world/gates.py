@@ -1,0 +1,82 @@
+"""Can a model be compared in the world at all? What it has to do before its scores mean anything.
+
+    python -m zscore_trainers.world.gates scores.parquet drawn/
+
+`scores.parquet` is of `zscore score --reasoning`, `drawn/` what `zscore_trainers.world` drew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from zscore_trainers.world.scenes import DIMENSIONS
+
+SEEN = re.compile(r"Alignment: I see (.*?)\.")
+THING = re.compile(r"(small|large) (\w+) (\w+) at the (\w+(?: \w+)?)(?= and |$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """Shares of 1, and correlations with the truth."""
+
+    captions: float
+    """Pictures whose caption names exactly what is shown."""
+    things: float
+    """Things shown that a caption names with the right size, colour, form and place."""
+    valid: float
+    """Pictures with a score on every dimension."""
+    plcc: dict[str, float]
+    """Of the valid ones, by dimension; NaN where all scores are the same."""
+
+
+def gates(scores: Path, drawn: Path) -> Gates:
+    """What a model that reasons reached on a set of the world.
+
+    Raises:
+        ValueError: pictures of the set were not scored, or the table has no reasonings.
+    """
+    rows = pl.read_parquet(scores)
+    if "reasoning" not in rows.columns:
+        raise ValueError(f"{scores} has no column 'reasoning': score with --reasoning")
+    said = (
+        pl.read_ndjson(drawn / "reasoning.jsonl").filter(pl.col("dimension") == "alignment").select("key", "reasoning")
+    )
+    truth = pl.read_csv(drawn / "truth.csv").pivot("dimension", index="key", values="score")
+    both = truth.join(said.rename({"reasoning": "wanted"}), on="key").join(rows, on="key", suffix="_found")
+    if both.height != truth.height:
+        raise ValueError(f"{truth.height - both.height:,} of {truth.height:,} pictures of {drawn} are not in {scores}")
+    wanted = [named(f"Alignment: {text}") for text in both["wanted"]]
+    found = [named(text or "") for text in both["reasoning"]]
+    ok = both.filter(pl.col("status") == "ok")
+    return Gates(
+        captions=float(np.mean([one == other for one, other in zip(found, wanted, strict=True)])),
+        things=sum(len(one & other) for one, other in zip(found, wanted, strict=True)) / sum(map(len, wanted)),
+        valid=ok.height / both.height,
+        plcc={name: float(np.corrcoef(ok[name], ok[f"{name}_found"])[0, 1]) for name in DIMENSIONS},
+    )
+
+
+def named(reasoning: str) -> frozenset[tuple[str, ...]]:
+    """The things that a caption names: size, colour, form, place."""
+    seen = SEEN.search(reasoning)
+    return frozenset(THING.findall(seen[1])) if seen else frozenset()
+
+
+def main() -> None:
+    """Print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scores", type=Path)
+    parser.add_argument("drawn", type=Path)
+    options = parser.parse_args()
+    print(json.dumps(asdict(gates(options.scores, options.drawn)), indent=2))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
