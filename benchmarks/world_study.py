@@ -7,10 +7,10 @@
 Every stage is a command that a user would type; one whose result lies in WORK is not run again, so that seeds may be
 run side by side and a study that was cut off goes on.
 
-    python benchmarks/world_study.py [build/world-study] [--seeds 0 1 2]      hours; goes on where it was cut off
+    python benchmarks/world_study.py [build/world-study] [--seeds 0 1 2]      two hours; goes on where it was cut off
 
-Intervals draw test prompts, the same ones for all methods, and hold the seeds fixed. The configuration was chosen on
-prompts of the validation split, before the test prompts were scored.
+Intervals draw test prompts, the same ones for all methods, and hold the seeds fixed. The configuration was frozen
+before any test prompt was scored.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from _common import report
 from zscore.agreement import Bootstrap, correlations, count_pairs
 from zscore.cli.app import build_app
 from zscore_trainers.world.base import make_base
+from zscore_trainers.world.gates import gates
 from zscore_trainers.world.shards import WorldOptions, write_world
 
 if TYPE_CHECKING:
@@ -48,15 +49,15 @@ METRICS = ("plcc", "srcc", "hpa", "margin_hpa")
 class Study:
     """Frozen before the test prompts were scored."""
 
-    base_steps: int = 800
-    base_until: int = 200
+    base_steps: int = 3000
+    base_until: int = 500
     """Everything starts from a base model that was stopped early: a finished one has little left to learn."""
-    labelled_prompts: int = 160
+    labelled_prompts: int = 96
     """Four pictures each, with five raters."""
-    more_prompts: int = 320
+    more_prompts: int = 192
     """Pictures without labels, for RISD."""
-    test_prompts: int = 96
-    candidates: int = 7
+    test_prompts: int = 56
+    candidates: int = 9
     """Pictures of a test prompt: 2,016 pairs."""
     steps: int = 40
     """Of every algorithm."""
@@ -104,10 +105,16 @@ PAIRED = (
 )
 
 
+def scores_of(work: Path, seed: int, method: Method) -> Path:
+    """Scores of the test pictures; those of a model that isn't trained don't depend on the seed."""
+    return (work / f"seed-{seed}" if method.algorithm else work) / f"{method.name}.parquet"
+
+
 class Runner:
     """Runs the stages of one seed in its folder."""
 
     def __init__(self, work: Path, base: Path, seed: int, study: Study) -> None:
+        self._work = work
         self._folder = work / f"seed-{seed}"
         self._test = work / "test"
         self._base = base
@@ -129,7 +136,7 @@ class Runner:
             if method.algorithm:
                 self._train(method)
             model = f"{method.name}/model" if method.algorithm else str(self._base)
-            self._score(str(self._test), model, f"{method.name}.parquet", reasons=method.reasons)
+            self._score(str(self._test), model, scores_of(self._work, self._seed, method), reasons=method.reasons)
 
     def _train(self, method: Method) -> None:
         study = self._study
@@ -141,10 +148,10 @@ class Runner:
         asked = ("train", method.algorithm, method.shards, "--recipe", "tiny")
         self._stage(f"{method.name}/model/zscore.json", *asked, *data, *flags)
 
-    def _score(self, shards: str, model: str, out: str, *, reasons: bool) -> None:
+    def _score(self, shards: str, model: str, out: Path | str, *, reasons: bool) -> None:
         told = ("--reasoning", "--max-output-tokens", "64") if reasons else ("--layout", "joint")
-        where = ("--model", model, "--out", out, "--engine", "transformers", "--dtype", "float32", "--quiet")
-        self._stage(out, "score", shards, *where, *told)
+        where = ("--model", model, "--out", str(out), "--engine", "transformers", "--dtype", "float32", "--quiet")
+        self._stage(str(out), "score", shards, *where, *told)
 
     def _stage(self, result: str, *arguments: str) -> None:
         """One command of zscore, unless its result is there; its time is kept beside it."""
@@ -234,10 +241,7 @@ def mean_of(some: Sequence[Callable[..., NDArray[np.float64]]]) -> Callable[...,
 def compare(work: Path, seeds: Sequence[int], study: Study) -> dict[str, Any]:
     """All figures."""
     truth = pl.read_csv(work / "test" / "truth.csv").pivot("dimension", index="key", values="score")
-    found = {
-        method.name: [read(work / f"seed-{seed}" / f"{method.name}.parquet", truth) for seed in seeds]
-        for method in METHODS
-    }
+    found = {method.name: [read(scores_of(work, seed, method), truth) for seed in seeds] for method in METHODS}
     each = {name: [functions(one, study.margin) for one in some] for name, some in found.items()}
     metrics = {
         name: {metric: mean_of([one[metric] for one in some]) for metric in METRICS} for name, some in each.items()
@@ -262,6 +266,11 @@ def compare(work: Path, seeds: Sequence[int], study: Study) -> dict[str, Any]:
         },
         "output_tokens": {name: float(np.mean([one.tokens for one in some])) for name, some in found.items()},
         "valid": {name: float(np.mean([one.valid for one in some])) for name, some in found.items()},
+        "gates": {
+            method.name: [asdict(gates(scores_of(work, seed, method), work / "test")) for seed in seeds]
+            for method in METHODS
+            if method.reasons
+        },
     }
 
 
@@ -292,18 +301,21 @@ def train_seconds(work: Path, seeds: Sequence[int]) -> dict[str, float]:
     }
 
 
-def show(result: dict[str, Any], seconds: dict[str, float]) -> None:
+def show(found: dict[str, Any], seconds: dict[str, float]) -> None:
     """Tables for trainers/README.md."""
-    print("\n| method | PLCC | SRCC | HPA | margin HPA | output tokens | training, s |\n|---|---|---|---|---|---|---|")
+    print("\n| method | PLCC | SRCC | HPA | margin HPA | things named rightly | output tokens | training, s |")
+    print(f"|{'---|' * 8}")
     for method in METHODS:
-        cells = [f"{result['values'][method.name][metric]:.3f}" for metric in METRICS]
-        low, high = result["intervals"][method.name]["hpa"]
+        cells = [f"{found['values'][method.name][metric]:.3f}" for metric in METRICS]
+        low, high = found["intervals"][method.name]["hpa"]
         cells[2] += f" [{low:.3f}, {high:.3f}]"
-        tokens = result["output_tokens"][method.name]
-        cells += [f"{tokens:.0f}" if tokens else "1 (read, not written)", f"{seconds.get(method.name, 0):.0f}"]
+        named = [one["things"] for one in found["gates"].get(method.name, [])]
+        tokens = found["output_tokens"][method.name]
+        cells += [f"{np.mean(named):.2f}" if named else "", f"{tokens:.0f}" if tokens else "1 (read, not written)"]
+        cells += [f"{seconds[method.name]:.0f}" if method.name in seconds else ""]
         print(f"| {method.title} | {' | '.join(cells)} |")
     print("\n| difference in HPA | |\n|---|---|")
-    for name, metrics in result["differences"].items():
+    for name, metrics in found["differences"].items():
         value, low, high = metrics["hpa"]
         print(f"| {name} | {value:+.3f} [{low:+.3f}, {high:+.3f}] |")
 
@@ -324,12 +336,13 @@ def main() -> None:
         Runner(work, base, seed, study).run()
     if given.only_run:
         return
-    result = compare(work, given.seeds, study)
+    compared = compare(work, given.seeds, study)
     seconds = train_seconds(work, given.seeds)
-    show(result, seconds)
+    show(compared, seconds)
     about = json.loads((base / "zscore.json").read_text())["trained"]
     report(
-        "world_study", {"study": asdict(study), "base": about, "seeds": given.seeds, "train_seconds": seconds, **result}
+        "world_study",
+        {"study": asdict(study), "base": about, "seeds": given.seeds, "train_seconds": seconds, **compared},
     )
 
 
