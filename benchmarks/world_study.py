@@ -50,7 +50,7 @@ class Study:
     """Frozen before the test prompts were scored."""
 
     base_steps: int = 3000
-    base_until: int = 500
+    base_until: int = 1200
     """Everything starts from a base model that was stopped early: a finished one has little left to learn."""
     labelled_prompts: int = 96
     """Four pictures each, with five raters."""
