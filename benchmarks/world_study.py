@@ -1,13 +1,15 @@
 """The paper's comparison in the rubric world: same labels, same number of steps, several seeds, unseen prompts.
 
-    base ─┬─ sft, rewarddance, grpo (text), grpo, gdso           from labels (rewarddance: from reasonings)
+    base ─┬─ sft, rewarddance, grpo (text), grpo, gdso           from labels (rewarddance: and reasonings)
           └─ opd, risd                                           from the gdso model of the same seed, the teacher
     each ── zscore score test/ ──► PLCC, SRCC, HPA, margin HPA against the truth, means of the four dimensions
 
-Every stage is a command that a user would type; one whose result lies in WORK is not run again, so that seeds may be
-run side by side and a study that was cut off goes on.
+Every stage is a command that a user would type; one whose result lies in WORK is not run again, and one that was cut
+off goes on. The base has learned from drawn scenes and their true scores, more of them than there are labels: what is
+compared is what a method makes of a model that can see, say and score a little. Labels are raters', with their noise;
+RewardDance's reasonings name what the scene was drawn with.
 
-    python benchmarks/world_study.py [build/world-study] [--seeds 0 1 2]      two hours; goes on where it was cut off
+    python benchmarks/world_study.py [build/world-study] [--seeds 0 1 2]    two hours; --only-run for one seed by itself
 
 Intervals draw test prompts, the same ones for all methods, and hold the seeds fixed. The configuration was frozen
 before any test prompt was scored.
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     Metrics = dict[str, dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]]
 
+LABELS, REASONINGS = "annotated/annotations.parquet", "reasoning.jsonl"
 DIMENSIONS = ("alignment", "realism", "aesthetics", "plausibility")
 METRICS = ("plcc", "srcc", "hpa", "margin_hpa")
 
@@ -74,7 +77,7 @@ class Method:
     title: str
     algorithm: str | None
     reasons: bool
-    data: str = "annotated/annotations.parquet"
+    data: str = LABELS
     shards: str = "labelled"
     settings: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
@@ -86,7 +89,7 @@ METHODS = (
     Method("zero", "zero-shot", None, reasons=False),
     Method("zero_told", "zero-shot, with reasoning", None, reasons=True),
     Method("sft", "SFT", "sft", reasons=False),
-    Method("rewarddance", "RewardDance", "rewarddance", reasons=True, data="labelled/reasoning.jsonl"),
+    Method("rewarddance", "RewardDance", "rewarddance", reasons=True, data=REASONINGS),
     Method("grpo_text", "GRPO, reward from text", "grpo", reasons=True, settings=(*ON_PAIRS, "reward_from=text")),
     Method("grpo", "GRPO", "grpo", reasons=True, settings=ON_PAIRS),
     Method("gdso", "GDSO (the teacher)", "gdso", reasons=True, settings=ON_PAIRS),
@@ -127,8 +130,9 @@ class Runner:
         study, folder = self._study, self._folder
         for name, prompts, seed in (("labelled", study.labelled_prompts, 100), ("more", study.more_prompts, 200)):
             draw(folder / name, WorldOptions(split="train", prompts=prompts, seed=seed + self._seed))
-        ratings = ("labelled/ratings.csv", "labelled")
-        self._stage("annotated", "annotations", "build", *ratings, "--out", "annotated")
+        ratings = ("labelled/ratings.csv", "labelled", "--test-share", "0")
+        self._stage(LABELS, "annotations", "build", *ratings, "--out", "annotated")
+        relabel(folder / "labelled" / "reasoning.jsonl", folder / LABELS, folder / REASONINGS)
         for method in METHODS:
             if method.name == "opd":  # the teacher is there now
                 for name in ("labelled", "more"):
@@ -145,7 +149,7 @@ class Runner:
         flags = [part for setting in settings for part in ("--set", setting)]
         data = ("--data", method.data, "--model", str(self._base), "--out", method.name, *method.extra)
         assert method.algorithm is not None
-        asked = ("train", method.algorithm, method.shards, "--recipe", "tiny")
+        asked = ("train", method.algorithm, method.shards, "--recipe", "tiny", "--resume")
         self._stage(f"{method.name}/model/zscore.json", *asked, *data, *flags)
 
     def _score(self, shards: str, model: str, out: Path | str, *, reasons: bool) -> None:
@@ -174,6 +178,13 @@ def draw(folder: Path, options: WorldOptions) -> None:
     draft = folder.with_name(f"{folder.name}.draft-{os.getpid()}")
     write_world(draft, options)
     draft.rename(folder)
+
+
+def relabel(reasonings: Path, labels: Path, out: Path) -> None:
+    """Reasonings with the scores that raters gave, which are what everyone else learns from, instead of the truth's."""
+    label = pl.read_parquet(labels).unpivot(DIMENSIONS, index="key", variable_name="dimension", value_name="score")
+    said = pl.read_ndjson(reasonings).drop("score").join(label, on=["key", "dimension"], maintain_order="left")
+    said.write_ndjson(out)
 
 
 def base_model(work: Path, study: Study) -> Path:

@@ -148,6 +148,13 @@ def test_splits_share_no_prompt():
         assert not one & other
 
 
+def test_no_prompt_comes_twice():
+    groups = list(itertools.islice(draw_groups(WorldOptions(split="test", candidates=1)), 400))
+    prompts = [group[0].prompt for group in groups]
+    assert len(set(prompts)) == 400
+    assert 10 < sum(" and " not in prompt for prompt in prompts) < 60  # all there are for one thing, and no more
+
+
 def test_files_are_ordinary_shards_with_ratings_and_truth(tmp_path):
     options = WorldOptions(split="test", prompts=5, candidates=3, raters=2, per_shard=2, seed=3)
     paths = write_world(tmp_path / "one", options)

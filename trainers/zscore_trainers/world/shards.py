@@ -57,10 +57,18 @@ def split_of(prompt: str) -> Split:
 
 
 def draw_groups(options: WorldOptions) -> Iterator[list[Scene]]:
-    """Candidates of one prompt after the other, without end; `options.prompts` doesn't count here."""
+    """Candidates of one prompt after the other, without end; `options.prompts` doesn't count here.
+
+    No prompt comes twice: of a split's prompts for one thing there are few, and met again and again they would make
+    most of the same-prompt pairs.
+    """
+    seen: set[tuple[Thing, ...]] = set()
     for number in range(1 << 60):
         rng = random.Random(f"{options.seed} {number}")  # noqa: S311 - drawings, not secrets
         asked = prompt_of(options.split, rng)
+        while asked in seen:
+            asked = prompt_of(options.split, rng)
+        seen.add(asked)
         yield [draw_scene(asked, rng) for _ in range(options.candidates)]
 
 
