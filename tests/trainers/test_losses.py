@@ -221,6 +221,23 @@ def test_kl_estimators_by_enumeration(estimator):
         assert min(singles) >= 0
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_gradients_of_kl_estimators_by_enumeration(estimator):
+    """Over the policy's own samples: none, that of KL(policy || reference), that of KL(reference || policy)."""
+    torch.manual_seed(1)
+    logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(7, dtype=torch.float64).log_softmax(-1)
+    policy = logits.log_softmax(-1)
+    forward, backward = (policy.exp() * (policy - reference)).sum(), (reference.exp() * (reference - policy)).sum()
+    exact = {"k1": 0 * forward, "k2": forward, "k3": backward}[estimator]
+    (wanted,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    live, fixed, one = policy[:, None], reference[:, None], torch.ones(1, 1, dtype=torch.bool)
+    singles = [losses.kl_penalty(live[n : n + 1], fixed[n : n + 1], one, estimator) for n in range(7)]
+    surrogate = sum(p * single for p, single in zip(policy.detach().exp(), singles, strict=True))
+    (found,) = torch.autograd.grad(surrogate, logits)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
 def test_policy_gradient_is_unbiased():
     """By enumeration: outputs of 3 tokens over 4 words; the mean of the surrogate's gradient over all outputs, by
     their probability, is the gradient of the expected reward."""

@@ -12,11 +12,12 @@ import torch
 
 from tests.trainers import world_set
 from zscore.engines.generate import GenerateConfig, open_generator
+from zscore.errors import UsageError
 from zscore.reasoning import finder
 from zscore_trainers.data import Order
 from zscore_trainers.engine import Engine, EngineConfig
 from zscore_trainers.gdso import Gdso, GdsoConfig
-from zscore_trainers.grpo import Grpo, GrpoConfig
+from zscore_trainers.grpo import Grpo, GrpoConfig, Sampled
 from zscore_trainers.opd import Opd, OpdConfig
 from zscore_trainers.pairs import Pair, make_pairs
 from zscore_trainers.reference import Reference
@@ -220,6 +221,112 @@ class TestGdso:
         scored_N = batch.policy.probes_BD[:, 0] >= 0
         assert scored_N.sum() >= 14
         assert (mu_N - label_N)[scored_N].abs().mean() < 0.05
+
+
+class Counted(Rollouts):
+    """Notes the seeds of every batch that is drawn."""
+
+    def __init__(self, rollouts):
+        self._rollouts, self.drawn = rollouts, []
+
+    def follow(self, policy):
+        self._rollouts.follow(policy)
+
+    def draw(self, prompts, seeds):
+        self.drawn.append(list(seeds))
+        return self._rollouts.draw(prompts, seeds)
+
+
+class TestUpdates:
+    """Algorithm 1's K_gdso: a batch of outputs for several steps."""
+
+    def test_outputs_and_advantages_stay_and_the_policy_moves_on(self, sampling, policy):
+        counted = replace(sampling, rollouts=Counted(sampling.rollouts))
+        algorithm = gdso(counted, updates=2)
+        with torch.no_grad():  # so that outputs, and their rewards, differ
+            policy.model.get_output_embeddings().weight.mul_(0.75)
+        first, gradient = learned(algorithm, policy, 0)
+        again, same = learned(algorithm, policy, 1)
+        assert (first, len(counted.rollouts.drawn)) == (pytest.approx(again), 1)
+        assert (gradient - same).norm() < 1e-4 * gradient.norm()
+        advantage_N = algorithm._outputs.advantage_N.clone()
+        with torch.no_grad():
+            policy.model.get_output_embeddings().weight.mul_(0.9)
+        moved, other = learned(algorithm, policy, 1)
+        assert moved["drift"] > 10 * first["drift"]
+        assert moved["reward"] == first["reward"]
+        assert torch.equal(algorithm._outputs.advantage_N, advantage_N)
+        assert (other - gradient).norm() > 1e-2 * gradient.norm()
+        learned(algorithm, policy, 2)
+        assert len(counted.rollouts.drawn) == 2
+        plain = replace(sampling, rollouts=Counted(sampling.rollouts))
+        learned(gdso(plain), policy, 1)  # the second batch has the seeds that it has without inner steps
+        assert counted.rollouts.drawn[1] == plain.rollouts.drawn[0]
+
+    def test_stopped_between_two_updates_it_goes_on_exactly(self, sampling, model, tmp_path):
+        def run(out, on_step=None):
+            policy = world_set.load(model)
+            config = EngineConfig(steps=6, learning_rate=1e-3, warmup=2, save_every=1)
+            algorithm = gdso(sampling, reference=Reference(copy.deepcopy(policy), 2), updates=2)
+            engine = Engine(policy, algorithm, config, out)
+            began = engine.step if engine.resume() else 0
+            engine.run(on_step)
+            return began, policy.state_dict()
+
+        def stop(step, _):
+            if step == 3:
+                raise KeyboardInterrupt
+
+        for name in ("whole", "cut"):
+            (tmp_path / name).mkdir()
+        _, whole = run(tmp_path / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", stop)
+        (kept,) = (tmp_path / "cut" / "checkpoints").iterdir()
+        assert kept.name == "step-00000002"  # not 3, whose outputs are lost
+        _, resumed = run(tmp_path / "cut")
+        assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+    def test_there_is_at_least_one(self):
+        with pytest.raises(UsageError, match="updates is 0: at least 1"):
+            GdsoConfig(updates=0)
+
+
+class TestLoss:
+    """Which tokens count, and how much, on numbers made by hand: a pair, two outputs a side, three tokens each."""
+
+    VALID = torch.tensor([True, True, True, False])
+    OUTPUT = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]], dtype=torch.bool)
+    SCORE = torch.tensor([[0, 0, 1], [0, 1, 0], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
+    ADVANTAGE = torch.tensor([1.0, -1.0, 0.5, -0.5])
+
+    def gradient(self, sampling, **options):
+        torch.manual_seed(0)
+        logprob_NT = (-torch.rand(4, 3)).requires_grad_()
+        written_NT = logprob_NT.detach() - torch.tensor([[0.3, -0.2, 0.0], [2.0, 0.1, 0.0], [0, 0, 0], [0, 0, 5.0]])
+        sampled = Sampled(
+            label_PJ=torch.tensor([[4.0, 2.5]]),
+            valid_N=self.VALID,
+            text_N=torch.where(self.VALID, 3.0, torch.nan),
+            sampled_NT=written_NT,
+            output_NT=self.OUTPUT,
+            score_NT=self.SCORE,
+            reference_NT=None,
+        )
+        config = GrpoConfig(batch_size=1, group=2, beta=0, **options)
+        algorithm = Grpo(config, Order(1, 1), [PAIR], sampling)
+        algorithm.loss(sampled, self.ADVANTAGE, torch.zeros(4, 9), logprob_NT, {}).backward()
+        return logprob_NT.grad, (logprob_NT.detach() - written_NT).exp()
+
+    def test_the_paper_s_preset_counts_every_token_alike(self, sampling):
+        found, _ = self.gradient(sampling, preset="paper")
+        torch.testing.assert_close(found, -self.ADVANTAGE[:, None] * self.OUTPUT / 4)
+
+    def test_the_stable_one_leaves_scores_out_and_cuts_weights_off(self, sampling):
+        found, ratio = self.gradient(sampling, preset="stable", most=1.5)
+        assert (ratio > 1.5).sum() == 2
+        counted = self.OUTPUT & ~self.SCORE
+        torch.testing.assert_close(found, -self.ADVANTAGE[:, None] * ratio.clamp(max=1.5) * counted / 4)
 
 
 class TestReference:

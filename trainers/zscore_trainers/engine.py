@@ -100,7 +100,10 @@ class EngineConfig:
 
 
 class Algorithm(Protocol):
-    """What is learned, and from what."""
+    """What is learned, and from what.
+
+    It may have a `period`: steps that share what it holds in memory, so that a run can't go on between them.
+    """
 
     def backward(self, policy: ScorePolicy, step: int) -> Mapping[str, float]:
         """Add the gradients of one step to the policy's parameters; returns what is logged."""
@@ -178,11 +181,16 @@ class Engine:
                 write(self.step, found)
                 if first and on_step is not None:
                     on_step(self.step, found)
-                if self.step % config.save_every == 0 or self.step == last:
+                if self._is_due() or self.step == last:
                     self.save()
                 complaint = self._guard.see(self.step, found)
                 if complaint is not None:
                     raise HedgingError(f"{complaint}; {self._kept()}")
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint is: where steps belong together, at the end of those that `save_every` falls into."""
+        period = getattr(self._algorithm, "period", 1)
+        return self.step % period == 0 and self.step % self._config.save_every < period
 
     def _update(self) -> Mapping[str, float]:
         """One step of the optimizer."""

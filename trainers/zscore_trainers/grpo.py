@@ -10,6 +10,9 @@ output's tokens and averaged over outputs. Two presets:
     stable   the score token doesn't count (given the reasoning its reward is constant, so its gradient is noise), and
              tokens are weighted by how much likelier they are to the trainer than to the generator, at most `most`
 
+With `updates` K, algorithm 1's K_gdso, a batch of outputs serves K steps: rewards and advantages stay as the policy
+that wrote had them, probabilities and direct losses follow the policy. Checkpoints lie between batches.
+
 Each rank rolls out its share of the pairs; the loss is that of all of them, computed on every rank alike, for what a
 pair counts depends on how many others have a score.
 
@@ -18,7 +21,7 @@ Shape suffixes: P pairs, J = 2 sides, G outputs a side, N = P x J x G, T tokens,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -58,9 +61,12 @@ class GrpoConfig:
     """Weight of the pairwise reward (eq. 10)."""
     beta: float = 0.01
     """Weight of the KL to the reference; 0 keeps none."""
-    estimator: losses.KlEstimator = "k3"
+    estimator: Literal["k2", "k3"] = "k3"
+    """Of the KL: k2 pulls with the gradient of KL(policy || reference), k3 with that of KL(reference || policy)."""
     reference_every: int = 100
-    """M: steps until the reference becomes the policy again."""
+    """M: batches of outputs until the reference becomes the policy again."""
+    updates: int = 1
+    """K_gdso: steps of the optimizer on one batch of outputs; a step of the run is one of them."""
     reward_from: Literal["distribution", "text"] = "distribution"
     preset: Literal["stable", "paper"] = "stable"
     most: float = 2.0
@@ -75,7 +81,7 @@ class GrpoConfig:
             UsageError: names the setting.
         """
         known = {
-            "estimator": ("k1", "k2", "k3"),
+            "estimator": ("k2", "k3"),
             "reward_from": ("distribution", "text"),
             "preset": ("stable", "paper"),
         }
@@ -83,6 +89,8 @@ class GrpoConfig:
             check_one_of(name, getattr(self, name), values)
         if self.group < 2:
             raise UsageError(f"group is {self.group}: at least 2, for an output is measured against its group")
+        if self.updates < 1:
+            raise UsageError(f"updates is {self.updates}: at least 1 step on a batch of outputs")
 
 
 class Sampled(NamedTuple):
@@ -103,6 +111,23 @@ class Sampled(NamedTuple):
         return self._replace(
             **{name: parallel.gathered(one) for name, one in self._asdict().items() if one is not None}
         )
+
+
+@dataclass(slots=True)
+class Outputs:
+    """A batch of rollouts, for one step of the optimizer or several."""
+
+    batches: list[OutputBatch]
+    """Micro-batches, short outputs first."""
+    order: list[int]
+    """Which outputs they hold."""
+    width: int
+    """Tokens of the longest output of all ranks."""
+    sampled: Sampled
+    advantage_N: Tensor | None = None
+    """By the policy that wrote: the first step computes it for all."""
+    logged: dict[str, float] = field(default_factory=dict)
+    """What is known once for all steps."""
 
 
 class Grpo:
@@ -138,30 +163,44 @@ class Grpo:
         self._values_K = torch.tensor(sampling.values)
         self._range = float(sampling.values[-1] - sampling.values[0])
         self.reference = reference
+        self.period = config.updates
+        self._outputs: Outputs | None = None
 
     def backward(self, policy: ScorePolicy, step: int) -> Mapping[str, float]:
-        """Roll out, score, and add the gradients of one batch of pairs."""
-        numbers = self.sampling.share(self._order, step)
+        """Add the gradients of one batch of pairs; every `updates` steps it is a new one."""
+        if self._outputs is None or step % self.period == 0:
+            self._outputs = self._roll_out(policy, step // self.period)
+        outputs = self._outputs
+        logged: dict[str, float] = {}
+
+        def loss(logits_NK: Tensor, logprob_NT: Tensor) -> Tensor:
+            if outputs.advantage_N is None:
+                outputs.advantage_N = self.advantages(outputs.sampled, logits_NK, outputs.logged)
+            return self.loss(outputs.sampled, outputs.advantage_N, logits_NK, logprob_NT, logged)
+
+        value = two_pass(
+            lambda batch: read_outputs(policy, batch, outputs.width),
+            outputs.batches,
+            loss,
+            order=outputs.order,
+            group=parallel.group(),
+        )
+        return {"loss": float(value), **outputs.logged, **logged}
+
+    def _roll_out(self, policy: ScorePolicy, number: int) -> Outputs:
+        """Outputs of the policy for a batch of pairs, by the number of the batch."""
+        numbers = self.sampling.share(self._order, number)
         self.sampling.rollouts.follow(policy)
         if self.reference is not None:
-            self.reference.refresh(policy, step)
-        drawn = self._draw(numbers, step)
+            self.reference.refresh(policy, number)
+        drawn = self._draw(numbers, number)
         order, size = by_length(drawn), self._config.micro_batch
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         batches = [self._sequences([drawn[at] for at in part]) for part in parts]
         width = parallel.largest(max(len(one.written.tokens) for one in drawn))
-        sampled = self._sampled(numbers, drawn, order, batches, width).gathered()
-        logged: dict[str, float] = {}
+        return Outputs(batches, order, width, self._sampled(numbers, drawn, order, batches, width).gathered())
 
-        def loss(logits_NK: Tensor, logprob_NT: Tensor) -> Tensor:
-            return self.loss(sampled, logits_NK, logprob_NT, logged)
-
-        value = two_pass(
-            lambda batch: read_outputs(policy, batch, width), batches, loss, order=order, group=parallel.group()
-        )
-        return {"loss": float(value), **logged}
-
-    def _draw(self, numbers: Sequence[int], step: int) -> list[Rollout]:
+    def _draw(self, numbers: Sequence[int], batch: int) -> list[Rollout]:
         """G rollouts for both sides of each pair, in the order P, J, G."""
         pairs = [self._pairs[number] for number in numbers]
         sides = [side for pair in pairs for side in (pair.winner, pair.loser)]
@@ -169,7 +208,7 @@ class Grpo:
         each = [prompts[pairs[at // 2].dimension] for at, prompts in enumerate(found)]
         prompts = [prompt for prompt in each for _ in range(self._config.group)]
         seeds = [
-            rollout_seed(self.sampling.seed, step, number, side, i)
+            rollout_seed(self.sampling.seed, batch, number, side, i)
             for number in numbers
             for side in range(2)
             for i in range(self._config.group)
@@ -207,34 +246,49 @@ class Grpo:
             reference_NT=None if reference is None else torch.cat([reference(batch, width) for batch in batches])[back],
         )
 
-    def loss(self, sampled: Sampled, logits_NK: Tensor, logprob_NT: Tensor, logged: dict[str, float]) -> Tensor:
-        """Eq. 4 with the reward of eq. 13; fills `logged`."""
+    def advantages(self, sampled: Sampled, logits_NK: Tensor, logged: dict[str, float]) -> Tensor:
+        """Eq. 3 on the rewards of eq. 13, without a graph, (N,); fills `logged`."""
         config, device = self._config, logits_NK.device
         shape = (*sampled.label_PJ.shape, config.group)
         label_PJ, valid_PJG = sampled.label_PJ.to(device), sampled.valid_N.to(device).view(shape)
-        mu_PJG = losses.expected_score(logits_NK, self._values_K.to(device)).view(shape)
-        score_PJG = mu_PJG if config.reward_from == "distribution" else sampled.text_N.to(device).view(shape)
+        score_PJG = sampled.text_N.to(device).view(shape)
+        if config.reward_from == "distribution":
+            score_PJG = losses.expected_score(logits_NK.detach(), self._values_K.to(device)).view(shape)
         reward_PJG = losses.gdso_reward(
-            losses.pointwise_reward(score_PJG.detach(), label_PJ, self._range, valid_PJG),
-            losses.pairwise_reward(score_PJG.detach(), label_PJ, self._range, valid_PJG),
+            losses.pointwise_reward(score_PJG, label_PJ, self._range, valid_PJG),
+            losses.pairwise_reward(score_PJG, label_PJ, self._range, valid_PJG),
             lambda_pt=config.lambda_pt,
             lambda_pw=config.lambda_pw,
         )
+        logged["reward"] = float(reward_PJG.mean())
+        logged["valid"] = float(valid_PJG.float().mean())
+        logged["output_tokens"] = float(sampled.output_NT.sum(-1).float().mean())
+        return losses.group_advantages(reward_PJG).flatten()
+
+    def loss(
+        self,
+        sampled: Sampled,
+        advantage_N: Tensor,
+        logits_NK: Tensor,
+        logprob_NT: Tensor,
+        logged: dict[str, float],
+    ) -> Tensor:
+        """Eq. 4, and the direct losses; fills `logged`."""
+        config, device = self._config, logits_NK.device
+        shape = (*sampled.label_PJ.shape, config.group)
+        label_PJ, valid_PJG = sampled.label_PJ.to(device), sampled.valid_N.to(device).view(shape)
         output_NT = sampled.output_NT.to(device)
         counts_NT, weight_NT = output_NT, None
         if config.preset == "stable":
             counts_NT = output_NT & ~sampled.score_NT.to(device)
             weight_NT = losses.importance_weights(logprob_NT, sampled.sampled_NT.to(device), config.most)
-        advantage_N = losses.group_advantages(reward_PJG).flatten()
         total = losses.policy_gradient_loss(logprob_NT, advantage_N, counts_NT, weight_NT)
-        logged["reward"] = float(reward_PJG.mean())
-        logged["valid"] = float(valid_PJG.float().mean())
-        logged["output_tokens"] = float(output_NT.sum(-1).float().mean())
         logged["drift"] = float(((logprob_NT.detach() - sampled.sampled_NT.to(device)).abs() * output_NT).max())
         if sampled.reference_NT is not None:
             divergence = losses.kl_penalty(logprob_NT, sampled.reference_NT, output_NT, config.estimator)
             logged["kl"] = float(divergence.detach())
             total = total + config.beta * divergence
+        mu_PJG = losses.expected_score(logits_NK, self._values_K.to(device)).view(shape)
         return total + self.direct(logits_NK.view(*shape, -1), mu_PJG, label_PJ, valid_PJG, logged)
 
     def direct(

@@ -154,8 +154,9 @@ def policy_gradient_loss(
 def kl_penalty(logprob_NT: Tensor, reference_NT: Tensor, mask_NT: Tensor, estimator: KlEstimator = "k3") -> Tensor:
     """Second term of eq. 4 without beta: KL(policy || reference) from sampled tokens, summed over them; a scalar.
 
-    k1 is unbiased in value (its gradient has mean zero on its own samples), k2 is half the square of the log ratio,
-    k3 is unbiased and never negative (Schulman, "Approximating KL divergence", 2020).
+    k1 and k3 are unbiased in value, k3 is never negative, k2 is half the square of the log ratio (Schulman,
+    "Approximating KL divergence", 2020). Of their gradients over the policy's own samples, k1's has mean zero, k2's is
+    that of KL(policy || reference), and k3's is that of KL(reference || policy).
     """
     log_ratio = reference_NT - logprob_NT
     if estimator == "k1":
