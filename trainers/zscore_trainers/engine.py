@@ -31,6 +31,7 @@ from zscore_trainers import parallel
 from zscore_trainers.guard import Guard, HedgingError
 from zscore_trainers.optimizers import OptimizerName, make_optimizers, set_rate
 from zscore_trainers.rollouts import check_one_of
+from zscore_trainers.run_files import mend_log, read_log, sync, write_whole
 from zscore_trainers.scalars import require, scalars
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ class Engine:
         config, first = self._config, parallel.rank() == 0
         last = min(config.steps, until or config.steps)
         if first:
-            (self._out / BEGUN).write_text(json.dumps(self._settings))
+            write_whole(self._out / BEGUN, self._settings)
+            mend_log(self._out / "log.jsonl")
         self._policy.train()
         folder = self._out / "tensorboard" if first and config.tensorboard else None
         with (
@@ -209,7 +211,8 @@ class Engine:
         with _unwarned():
             state_dict_saver.save(state, checkpoint_id=folder)
         if parallel.rank() == 0:  # save returns where all ranks have written
-            (folder / DONE).write_text(json.dumps({"step": self.step, "settings": self._settings}))
+            write_whole(folder / DONE, {"step": self.step, "settings": self._settings})
+            sync(folder.parent)
             for other in folder.parent.iterdir():
                 if other != folder:
                     shutil.rmtree(other, ignore_errors=True)
@@ -236,7 +239,7 @@ class Engine:
             state_dict_loader.load(state, checkpoint_id=folders[-1])  # a reference's own tensors are filled in place
         set_state_dict(self._policy, self._optimizers, model_state_dict=model, optim_state_dict=optimizer)
         self.step = int(about["step"])
-        for step, found in _logged(self._out / "log.jsonl", self.step).items():
+        for step, found in read_log(self._out / "log.jsonl", self.step).items():
             self._guard.see(step, found)
         return True
 
@@ -256,13 +259,6 @@ class Engine:
 def deciding(config: EngineConfig) -> dict[str, Any]:
     """The settings that the weights depend on."""
     return {name: value for name, value in asdict(config).items() if name not in {"patience", "tensorboard"}}
-
-
-def _logged(file: Path, last: int) -> dict[int, Mapping[str, float]]:
-    """The log up to a step; of steps that were done twice, as they were the second time."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    found = {row.pop("step"): row for row in rows}
-    return {step: found[step] for step in sorted(found) if step <= last}
 
 
 def _number(norm: Tensor) -> float:
