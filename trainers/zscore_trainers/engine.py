@@ -28,9 +28,9 @@ from torch.distributed.tensor import DTensor
 
 from zscore.errors import UsageError
 from zscore_trainers import parallel
+from zscore_trainers.checks import check_least, check_one_of, check_positive, check_share
 from zscore_trainers.guard import Guard, HedgingError
 from zscore_trainers.optimizers import OptimizerName, make_optimizers, set_rate
-from zscore_trainers.rollouts import check_one_of
 from zscore_trainers.run_files import mend_log, read_log, sync, write_whole
 from zscore_trainers.scalars import require, scalars
 
@@ -62,7 +62,7 @@ class EngineConfig:
     weight_decay: float = 0.01
     """Of matrices; vectors (norms, biases) don't decay."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; inf lets it be."""
     betas: tuple[float, float] = (0.9, 0.95)
     save_every: int = 500
     evaluate_every: int = 0
@@ -82,13 +82,14 @@ class EngineConfig:
             UsageError: names the setting.
         """
         check_one_of("optimizer", self.optimizer, get_args(OptimizerName))
-        for name in ("steps", "save_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: at least 1")
-        if self.patience < 0:
-            raise UsageError(f"patience is {self.patience}: 0 or more evaluations")
-        if not 0 < self.learning_rate < math.inf:
-            raise UsageError(f"learning_rate is {self.learning_rate}: a positive number")
+        check_least(self, 1, "steps", "save_every")
+        check_least(self, 0, "warmup", "weight_decay", "evaluate_every", "patience")
+        check_positive(self, "learning_rate")
+        check_share(self, "final_share")
+        if self.clip != math.inf:
+            check_positive(self, "clip")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"betas is {self.betas}: two numbers, at least 0 and below 1")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (from 0)."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zscore.errors import UsageError
 from zscore.records import Failure
 from zscore_trainers.lora import whole_weights
 from zscore_trainers.sequences import Written
@@ -115,16 +114,6 @@ class Sampling:
     def share(self, order: Order, step: int) -> list[int]:
         """This rank's part of a step's batch."""
         return order.share(step, self.rank, self.ranks)
-
-
-def check_one_of(name: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a word that a setting doesn't know.
-
-    Raises:
-        UsageError: names the setting, the word and those it knows.
-    """
-    if value not in known:
-        raise UsageError(f"{name} is '{value}': choose {' or '.join(known)}")
 
 
 def rollout_seed(*numbers: int) -> int:
