@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.trainers import world_set
-from zscore.errors import UsageError
+from zscore.errors import SampleError, UsageError, ZscoreError
 from zscore_trainers.data import Order, TrainSet
 from zscore_trainers.engine import DONE, Engine, EngineConfig
 from zscore_trainers.risd import Risd, RisdConfig
@@ -83,7 +83,8 @@ class TestCollator:
         broken = world_set.collator(
             TrainSet(train.samples, places, train.targets_NDK), joint.pictures.path.parent, model
         )
-        with closing(broken.pictures), pytest.raises(ValueError, match=r"sample 2 \('p000001c0'\) of world-000000"):
+        said = r"^sample 2 \('p000001c0'\) of world-000000.tar: .*; leave it out of --data$"
+        with closing(broken.pictures), pytest.raises(SampleError, match=said):
             broken([2])
 
     def test_no_samples(self):
@@ -225,8 +226,10 @@ class TestEngine:
                 return {}
 
         engine = Engine(world_set.load(made[0]), Broken(), EngineConfig(steps=1), tmp_path)
-        with pytest.raises(FloatingPointError, match="norm is nan at step 0: lower learning_rate"):
+        said = "norm is nan at step 0: lower learning_rate or clip, and start again; no checkpoint was written yet"
+        with pytest.raises(FloatingPointError, match=said) as raised:
             engine.run()
+        assert isinstance(raised.value, ZscoreError)
 
     @pytest.mark.parametrize(("name", "value"), [("steps", 0), ("save_every", 0), ("learning_rate", float("nan"))])
     def test_settings_that_cannot_be_meant(self, name, value):

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from zscore.errors import UsageError
+from zscore.errors import EngineError, UsageError
 from zscore_trainers import parallel
 from zscore_trainers.checks import check_least, check_one_of, check_positive, check_share
 from zscore_trainers.guard import Guard, HedgingError
@@ -101,6 +101,10 @@ class EngineConfig:
         )
 
 
+class GradientError(EngineError, FloatingPointError):
+    """A gradient that is no number: the weights would be lost with it."""
+
+
 class Algorithm(Protocol):
     """What is learned, and from what."""
 
@@ -156,6 +160,7 @@ class Engine:
 
         Raises:
             HedgingError: training figures improve while held-out agreement falls; the last checkpoint is kept.
+            GradientError: a gradient isn't finite; the last checkpoint is kept.
         """
         config, first = self._config, parallel.rank() == 0
         last = min(config.steps, until or config.steps)
@@ -194,7 +199,10 @@ class Engine:
         found = parallel.averaged(self._algorithm.backward(self._policy, self.step))
         norm = _number(torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._config.clip))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm} at step {self.step}: lower learning_rate")
+            raise GradientError(
+                f"the gradient's norm is {norm} at step {self.step}: lower learning_rate or clip, and start again;"
+                f" {self._kept()}"
+            )
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
