@@ -218,6 +218,21 @@ class TestEngine:
         with pytest.raises(UsageError, match="was made with rubric = a, now it is b: give the same settings"):
             self.engine(made, tmp_path, rubric="b").resume()
 
+    def test_settings_that_differ_are_named_and_no_others(self, made, tmp_path):
+        self.engine(made, tmp_path, recipe={"seed": 1, "layout": "joint", "algorithm": {"mass": 0.5}}).run()
+        said = (
+            r"step-00000002 was made with mass = 0\.5, now it is unset; most = unset, now it is 2; seed = 1, now it is"
+            " 2: give the same settings, or another --out$"
+        )
+        with pytest.raises(UsageError, match=said):
+            self.engine(made, tmp_path, recipe={"seed": 2, "layout": "joint", "algorithm": {"most": 2}}).resume()
+
+    def test_another_algorithm_is_named_alone(self, made, tmp_path):
+        self.engine(made, tmp_path, algorithm="risd", recipe={"algorithm": {"mass": 0.5}}).run()
+        said = "was made with algorithm = risd, now it is grpo: give the same settings"
+        with pytest.raises(UsageError, match=said):
+            self.engine(made, tmp_path, algorithm="grpo", recipe={"algorithm": {"most": 2}}).resume()
+
     def test_a_gradient_that_is_no_number_stops_the_run(self, made, tmp_path):
         class Broken:
             def backward(self, policy, step):
@@ -241,5 +256,6 @@ class TestEngine:
         rates = [config.rate(step) for step in range(101)]
         assert rates[0] == 0.1
         assert max(rates) == rates[9] == rates[10] == 1.0
+        assert rates[99] > 0.1  # of the last step
         assert rates[100] == pytest.approx(0.1)
         assert rates[10:] == sorted(rates[10:], reverse=True)

@@ -232,7 +232,7 @@ class Engine:
         """Load the latest whole checkpoint, if there is one.
 
         Raises:
-            UsageError: it was made with other settings; names the first.
+            UsageError: it was made with other settings; names them.
         """
         folders = self._whole()
         if not folders:
@@ -276,12 +276,22 @@ def _number(norm: Tensor) -> float:
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            raise UsageError(
-                f"{folder} was made with {name} = {before.get(name)}, now it is {now.get(name)}: give the same"
-                " settings, or another --out"
-            )
+    """Refuse other settings, by the names that they are set by."""
+    old, new = _flat(before), _flat(now)
+    other = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if "algorithm" in other:
+        other = ["algorithm"]  # it brings settings of its own
+    if other:
+        changes = "; ".join(f"{name} = {old.get(name, 'unset')}, now it is {new.get(name, 'unset')}" for name in other)
+        raise UsageError(f"{folder} was made with {changes}: give the same settings, or another --out")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the parts that they stand in; no name stands in two with different values."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value) if isinstance(value, dict) else {name: value}
+    return found
 
 
 @contextlib.contextmanager
