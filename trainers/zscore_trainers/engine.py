@@ -58,7 +58,7 @@ class EngineConfig:
     warmup: int = 0
     """Steps until the learning rate is reached."""
     final_share: float = 0.1
-    """Of the learning rate, at the last step; the way there is a cosine."""
+    """Of the learning rate, towards which a cosine falls; it would be reached one step after the last."""
     weight_decay: float = 0.01
     """Of matrices; vectors (norms, biases) don't decay."""
     clip: float = 1.0
