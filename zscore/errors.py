@@ -9,7 +9,7 @@ ZscoreError
 │   └── OutputMismatchError what lies there was made with other settings
 ├── TableError            a scores file that can't be read or mixed
 ├── ModelError            a checkpoint that can't be loaded or scored with
-├── SampleError           a picture handed to the library can't be scored
+├── SampleError           a picture handed to the library can't be scored, or trained on
 ├── EngineError           the engine broke; what was finished is kept
 └── InterruptedRunError   Ctrl-C or SIGTERM; what was finished is kept (exit 130)
 
@@ -60,7 +60,7 @@ class ModelError(ZscoreError, ValueError):
 
 
 class SampleError(ZscoreError, ValueError):
-    """A (prompt, picture) pair handed to `Scorer.score` can't be scored."""
+    """A (prompt, picture) pair can't be scored (`Scorer.score`), or trained on."""
 
 
 class EngineError(ZscoreError, RuntimeError):

@@ -148,5 +148,5 @@ class TestEngine:
         assert engine.step == 8
 
     def test_no_patience_below_0(self):
-        with pytest.raises(UsageError, match="patience is -1: 0 or more"):
+        with pytest.raises(UsageError, match="patience is -1: at least 0"):
             EngineConfig(steps=1, patience=-1)

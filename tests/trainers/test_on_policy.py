@@ -12,8 +12,9 @@ import torch
 
 from tests.trainers import world_set
 from zscore.engines.generate import GenerateConfig, open_generator
-from zscore.errors import UsageError
+from zscore.errors import SampleError, UsageError
 from zscore.reasoning import finder
+from zscore.records import Failure, Status
 from zscore_trainers.data import Order
 from zscore_trainers.engine import Engine, EngineConfig
 from zscore_trainers.gdso import Gdso, GdsoConfig
@@ -144,6 +145,23 @@ class TestRollouts:
         assert found["drift"] < 1e-3
         assert found["valid"] == 1
         assert 5 < found["output_tokens"] < LIMIT
+
+
+class Refusing:
+    """A generator that takes no prompt."""
+
+    max_in_flight = 1
+
+    def submit(self, tag, prompt, seed):
+        self.tag = tag
+
+    def step(self):
+        return [(self.tag, Failure(Status.PROMPT_TOO_LONG, "9 tokens; the limit is 8"))]
+
+
+def test_a_prompt_that_cant_be_continued_is_one_line():
+    with pytest.raises(SampleError, match=r"^no rollout: 9 tokens; the limit is 8$"):
+        Rollouts(Refusing(), None).draw(["prompt"], [0])
 
 
 class TestGdso:

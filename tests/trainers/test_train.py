@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from PIL import Image
 
 from tests.scores_factory import row, write_scores
+from tests.tiny import write_tar
 from tests.trainers import world_set
 from zscore.cli.app import build_app
 from zscore.errors import ModelError, TableError, UsageError
@@ -18,6 +22,7 @@ from zscore.scorer import Scorer
 from zscore.shards import expand
 from zscore_trainers.annotations import BuildOptions, build, write
 from zscore_trainers.held_out import HeldOut, is_held_out
+from zscore_trainers.pictures import collect
 from zscore_trainers.recipes import RECIPES, load_recipe, settings
 from zscore_trainers.targets import read_targets
 from zscore_trainers.train import TrainOptions, train
@@ -102,8 +107,9 @@ class TestRun:
         out, _, _ = made
         with pytest.raises(UsageError, match="holds a run already: give --resume"):
             train(options(world, out), load_recipe("tiny", FAST))
-        with pytest.raises(UsageError, match="was made with recipe"):
-            train(options(world, out, resume=True), load_recipe("tiny", (*FAST, "mass=0.1")))
+        said = r"was made with clip = 1\.0, now it is 0\.5; mass = 0\.05, now it is 0\.1: give the same"
+        with pytest.raises(UsageError, match=said):
+            train(options(world, out, resume=True), load_recipe("tiny", (*FAST, "mass=0.1", "clip=0.5")))
         assert train(options(world, out, resume=True), load_recipe("tiny", FAST)).steps == 4
 
     def test_a_teacher_s_scores_are_distilled(self, world, tmp_path):
@@ -116,6 +122,42 @@ class TestRun:
             load_recipe("tiny", (*FAST, "steps=1")),
         )
         assert made.samples + made.held_out == 15
+
+
+class TestBrokenPictures:
+    """They are left out at the start; a step that drew one would end the run."""
+
+    def broken(self, world, folder, *numbers):
+        """The world's shards, where some pictures are cut off."""
+        with tarfile.open(world / "world" / "world-000000.tar") as tar:
+            members = [(one.name, tar.extractfile(one).read()) for one in tar]
+        pictures = [name for name, _ in members if name.endswith(".png")]
+        cut = {pictures[number] for number in numbers or range(len(pictures))}
+        write_tar(
+            folder / "world-000000.tar",
+            [(name, data[: len(data) // 2] if name in cut else data) for name, data in members],
+        )
+        return str(folder)
+
+    def test_they_are_counted_and_left_out(self, world, tmp_path):
+        shards = self.broken(world, tmp_path / "broken", 2, 5)
+        made = train(options(world, tmp_path / "run", shards=(shards,)), load_recipe("tiny", (*FAST, "steps=1")))
+        assert made.left_out == 2
+        assert made.samples + made.held_out == 14
+
+    def test_none_that_can_be_read(self, world, tmp_path):
+        shards = self.broken(world, tmp_path / "broken")
+        said = r"none of the 16 samples of .*parquet in the shards can be read; 'p000000c0' of world-000000.tar: PNG of"
+        with pytest.raises(UsageError, match=said):
+            train(options(world, tmp_path / "run", shards=(shards,)), load_recipe("tiny", FAST))
+
+    def test_a_strip_that_no_size_fits(self, tmp_path):
+        with io.BytesIO() as file:
+            Image.new("RGB", (1000, 2)).save(file, "PNG")
+            write_tar(tmp_path / "a.tar", [("s.png", file.getvalue()), ("s.txt", b"a line")])
+        ((sample, place),) = collect(expand([str(tmp_path / "a.tar")]), tmp_path / "pictures.bin", lambda _: True)
+        assert "aspect ratio" in sample.failure.error
+        assert place.size == (tmp_path / "pictures.bin").stat().st_size == 0
 
 
 class TestRefusals:

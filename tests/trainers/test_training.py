@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.trainers import world_set
-from zscore.errors import UsageError
+from zscore.errors import SampleError, UsageError, ZscoreError
 from zscore_trainers.data import Order, TrainSet
 from zscore_trainers.engine import DONE, Engine, EngineConfig
 from zscore_trainers.risd import Risd, RisdConfig
@@ -83,7 +83,8 @@ class TestCollator:
         broken = world_set.collator(
             TrainSet(train.samples, places, train.targets_NDK), joint.pictures.path.parent, model
         )
-        with closing(broken.pictures), pytest.raises(ValueError, match=r"sample 2 \('p000001c0'\) of world-000000"):
+        said = r"^sample 2 \('p000001c0'\) of world-000000.tar: .*; leave it out of --data$"
+        with closing(broken.pictures), pytest.raises(SampleError, match=said):
             broken([2])
 
     def test_no_samples(self):
@@ -217,6 +218,21 @@ class TestEngine:
         with pytest.raises(UsageError, match="was made with rubric = a, now it is b: give the same settings"):
             self.engine(made, tmp_path, rubric="b").resume()
 
+    def test_settings_that_differ_are_named_and_no_others(self, made, tmp_path):
+        self.engine(made, tmp_path, recipe={"seed": 1, "layout": "joint", "algorithm": {"mass": 0.5}}).run()
+        said = (
+            r"step-00000002 was made with mass = 0\.5, now it is unset; most = unset, now it is 2; seed = 1, now it is"
+            " 2: give the same settings, or another --out$"
+        )
+        with pytest.raises(UsageError, match=said):
+            self.engine(made, tmp_path, recipe={"seed": 2, "layout": "joint", "algorithm": {"most": 2}}).resume()
+
+    def test_another_algorithm_is_named_alone(self, made, tmp_path):
+        self.engine(made, tmp_path, algorithm="risd", recipe={"algorithm": {"mass": 0.5}}).run()
+        said = "was made with algorithm = risd, now it is grpo: give the same settings"
+        with pytest.raises(UsageError, match=said):
+            self.engine(made, tmp_path, algorithm="grpo", recipe={"algorithm": {"most": 2}}).resume()
+
     def test_a_gradient_that_is_no_number_stops_the_run(self, made, tmp_path):
         class Broken:
             def backward(self, policy, step):
@@ -225,8 +241,10 @@ class TestEngine:
                 return {}
 
         engine = Engine(world_set.load(made[0]), Broken(), EngineConfig(steps=1), tmp_path)
-        with pytest.raises(FloatingPointError, match="norm is nan at step 0: lower learning_rate"):
+        said = "norm is nan at step 0: lower learning_rate or clip, and start again; no checkpoint was written yet"
+        with pytest.raises(FloatingPointError, match=said) as raised:
             engine.run()
+        assert isinstance(raised.value, ZscoreError)
 
     @pytest.mark.parametrize(("name", "value"), [("steps", 0), ("save_every", 0), ("learning_rate", float("nan"))])
     def test_settings_that_cannot_be_meant(self, name, value):
@@ -238,5 +256,6 @@ class TestEngine:
         rates = [config.rate(step) for step in range(101)]
         assert rates[0] == 0.1
         assert max(rates) == rates[9] == rates[10] == 1.0
+        assert rates[99] > 0.1  # of the last step
         assert rates[100] == pytest.approx(0.1)
         assert rates[10:] == sorted(rates[10:], reverse=True)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from zscore.checkpoint import read_normalization
+from zscore.errors import SampleError
 from zscore.records import Failure
 from zscore_trainers.policy import PolicyBatch
 
@@ -154,7 +155,7 @@ class Collator:
         """Sequences of these samples and their targets, (B, probes, K).
 
         Raises:
-            ValueError: a picture or a prompt that can't be used; names the sample.
+            SampleError: a picture or a prompt that can't be used; names the sample.
         """
         prompts = [prompt for found in self.prompts(indices) for prompt in found]
         targets_NDK = torch.from_numpy(self.train.targets_NDK[np.asarray(indices)])
@@ -165,7 +166,7 @@ class Collator:
         """The prompts of each of these samples: one, or one a dimension.
 
         Raises:
-            ValueError: a picture or a prompt that can't be used; names the sample.
+            SampleError: a picture or a prompt that can't be used; names the sample.
         """
         with ThreadPoolExecutor(DECODERS) as pool:
             return list(pool.map(self._prompts, indices))
@@ -175,7 +176,7 @@ class Collator:
         found = self.pictures.read(self.train.places[index], self.pixels)
         prompts = found if isinstance(found, Failure) else self.builder.build(sample.prompt, found)
         if isinstance(prompts, Failure):
-            raise ValueError(  # noqa: TRY004 - the data is wrong, not a type
-                f"sample {sample.index} ('{sample.key}') of {sample.shard}: {prompts.error}"
+            raise SampleError(
+                f"sample {sample.index} ('{sample.key}') of {sample.shard}: {prompts.error}; leave it out of --data"
             )
         return prompts

@@ -26,11 +26,12 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from zscore.errors import UsageError
+from zscore.errors import EngineError, UsageError
 from zscore_trainers import parallel
+from zscore_trainers.checks import check_least, check_one_of, check_positive, check_share
 from zscore_trainers.guard import Guard, HedgingError
 from zscore_trainers.optimizers import OptimizerName, make_optimizers, set_rate
-from zscore_trainers.rollouts import check_one_of
+from zscore_trainers.run_files import mend_log, read_log, sync, write_whole
 from zscore_trainers.scalars import require, scalars
 
 if TYPE_CHECKING:
@@ -57,11 +58,11 @@ class EngineConfig:
     warmup: int = 0
     """Steps until the learning rate is reached."""
     final_share: float = 0.1
-    """Of the learning rate, at the last step; the way there is a cosine."""
+    """Of the learning rate, towards which a cosine falls; it would be reached one step after the last."""
     weight_decay: float = 0.01
     """Of matrices; vectors (norms, biases) don't decay."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; inf lets it be."""
     betas: tuple[float, float] = (0.9, 0.95)
     save_every: int = 500
     evaluate_every: int = 0
@@ -81,13 +82,14 @@ class EngineConfig:
             UsageError: names the setting.
         """
         check_one_of("optimizer", self.optimizer, get_args(OptimizerName))
-        for name in ("steps", "save_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}: at least 1")
-        if self.patience < 0:
-            raise UsageError(f"patience is {self.patience}: 0 or more evaluations")
-        if not 0 < self.learning_rate < math.inf:
-            raise UsageError(f"learning_rate is {self.learning_rate}: a positive number")
+        check_least(self, 1, "steps", "save_every")
+        check_least(self, 0, "warmup", "weight_decay", "evaluate_every", "patience")
+        check_positive(self, "learning_rate")
+        check_share(self, "final_share")
+        if self.clip != math.inf:
+            check_positive(self, "clip")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"betas is {self.betas}: two numbers, at least 0 and below 1")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (from 0)."""
@@ -97,6 +99,10 @@ class EngineConfig:
         return self.learning_rate * (
             self.final_share + (1 - self.final_share) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
         )
+
+
+class GradientError(EngineError, FloatingPointError):
+    """A gradient that is no number: the weights would be lost with it."""
 
 
 class Algorithm(Protocol):
@@ -157,11 +163,13 @@ class Engine:
 
         Raises:
             HedgingError: training figures improve while held-out agreement falls; the last checkpoint is kept.
+            GradientError: a gradient isn't finite; the last checkpoint is kept.
         """
         config, first = self._config, parallel.rank() == 0
         last = min(config.steps, until or config.steps)
         if first:
-            (self._out / BEGUN).write_text(json.dumps(self._settings))
+            write_whole(self._out / BEGUN, self._settings)
+            mend_log(self._out / "log.jsonl")
         self._policy.train()
         folder = self._out / "tensorboard" if first and config.tensorboard else None
         with (
@@ -199,7 +207,10 @@ class Engine:
         found = parallel.averaged(self._algorithm.backward(self._policy, self.step))
         norm = _number(torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self._config.clip))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm} at step {self.step}: lower learning_rate")
+            raise GradientError(
+                f"the gradient's norm is {norm} at step {self.step}: lower learning_rate or clip, and start again;"
+                f" {self._kept()}"
+            )
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -217,7 +228,8 @@ class Engine:
         with _unwarned():
             state_dict_saver.save(state, checkpoint_id=folder)
         if parallel.rank() == 0:  # save returns where all ranks have written
-            (folder / DONE).write_text(json.dumps({"step": self.step, "settings": self._settings}))
+            write_whole(folder / DONE, {"step": self.step, "settings": self._settings})
+            sync(folder.parent)
             for other in folder.parent.iterdir():
                 if other != folder:
                     shutil.rmtree(other, ignore_errors=True)
@@ -228,7 +240,7 @@ class Engine:
         """Load the latest whole checkpoint, if there is one.
 
         Raises:
-            UsageError: it was made with other settings; names the first.
+            UsageError: it was made with other settings; names them.
         """
         folders = self._whole()
         if not folders:
@@ -244,7 +256,7 @@ class Engine:
             state_dict_loader.load(state, checkpoint_id=folders[-1])  # a reference's own tensors are filled in place
         set_state_dict(self._policy, self._optimizers, model_state_dict=model, optim_state_dict=optimizer)
         self.step = int(about["step"])
-        for step, found in _logged(self._out / "log.jsonl", self.step).items():
+        for step, found in read_log(self._out / "log.jsonl", self.step).items():
             self._guard.see(step, found)
         return True
 
@@ -266,25 +278,28 @@ def deciding(config: EngineConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in {"patience", "tensorboard"}}
 
 
-def _logged(file: Path, last: int) -> dict[int, Mapping[str, float]]:
-    """The log up to a step; of steps that were done twice, as they were the second time."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    found = {row.pop("step"): row for row in rows}
-    return {step: found[step] for step in sorted(found) if step <= last}
-
-
 def _number(norm: Tensor) -> float:
     """A norm over all shares, where the parameters are shared out."""
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            raise UsageError(
-                f"{folder} was made with {name} = {before.get(name)}, now it is {now.get(name)}: give the same"
-                " settings, or another --out"
-            )
+    """Refuse other settings, by the names that they are set by."""
+    old, new = _flat(before), _flat(now)
+    other = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if "algorithm" in other:
+        other = ["algorithm"]  # it brings settings of its own
+    if other:
+        changes = "; ".join(f"{name} = {old.get(name, 'unset')}, now it is {new.get(name, 'unset')}" for name in other)
+        raise UsageError(f"{folder} was made with {changes}: give the same settings, or another --out")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the parts that they stand in; no name stands in two with different values."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value) if isinstance(value, dict) else {name: value}
+    return found
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zscore_trainers import losses
+from zscore_trainers.checks import check_least
 from zscore_trainers.grpo import Grpo, GrpoConfig
 
 if TYPE_CHECKING:
@@ -24,6 +25,15 @@ class GdsoConfig(GrpoConfig):
     """Of eq. 8."""
     alpha_pw: float = 1.0
     """Of eq. 11."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that can't be meant, those of GRPO among them.
+
+        Raises:
+            UsageError: names the setting.
+        """
+        GrpoConfig.__post_init__(self)  # super() isn't there in a class with slots
+        check_least(self, 0, "alpha_pt", "alpha_pw")
 
 
 class Gdso(Grpo):

@@ -21,6 +21,7 @@ Shape suffixes: P pairs, J = 2 sides, G outputs a side, N = P x J x G, T tokens,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -28,7 +29,8 @@ import torch
 
 from zscore.errors import UsageError
 from zscore_trainers import losses, parallel
-from zscore_trainers.rollouts import by_length, check_one_of, rollout_seed
+from zscore_trainers.checks import check_least, check_one_of, check_positive
+from zscore_trainers.rollouts import by_length, rollout_seed
 from zscore_trainers.sequences import at_left, collate, read_outputs
 from zscore_trainers.two_pass import two_pass
 
@@ -70,7 +72,7 @@ class GrpoConfig:
     reward_from: Literal["distribution", "text"] = "distribution"
     preset: Literal["stable", "paper"] = "stable"
     most: float = 2.0
-    """Largest importance weight of the stable preset."""
+    """Largest importance weight of the stable preset; inf lets all be."""
     max_tokens: int = 1024
     """Longest output."""
 
@@ -89,8 +91,10 @@ class GrpoConfig:
             check_one_of(name, getattr(self, name), values)
         if self.group < 2:
             raise UsageError(f"group is {self.group}: at least 2, for an output is measured against its group")
-        if self.updates < 1:
-            raise UsageError(f"updates is {self.updates}: at least 1 step on a batch of outputs")
+        check_least(self, 1, "batch_size", "micro_batch", "reference_every", "updates", "max_tokens")
+        check_least(self, 0, "lambda_pt", "lambda_pw", "beta")
+        if self.most != math.inf:
+            check_positive(self, "most")
 
 
 class Sampled(NamedTuple):

@@ -63,12 +63,12 @@ class HeldOut:
         return self.agreement(self._means(policy))
 
     def agreement(self, mu_ND: NDArray[np.float32]) -> Mapping[str, float]:
-        """Of expected scores with the targets'."""
+        """Of expected scores with the targets'; scores that are all alike agree with nothing: a PLCC of 0."""
         result = {}
         for column, name in enumerate((*self.names, "overall")):
             mine, wanted = (_column(values, column) for values in (mu_ND, self._wanted_ND))
-            if np.ptp(mine) > 0 and np.ptp(wanted) > 0:
-                result[f"plcc_{name}"] = float(stats.pearsonr(mine, wanted).statistic)
+            if np.ptp(wanted) > 0:
+                result[f"plcc_{name}"] = float(stats.pearsonr(mine, wanted).statistic) if np.ptp(mine) > 0 else 0.0
             accuracy = _accuracy(mine, wanted, self._group_N)
             if accuracy is not None:
                 result[f"hpa_{name}"] = accuracy

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from zscore_trainers import losses
-from zscore_trainers.rollouts import by_length, check_one_of, rollout_seed
+from zscore_trainers.checks import check_least, check_one_of
+from zscore_trainers.rollouts import by_length, rollout_seed
 from zscore_trainers.sequences import at_left, collate, read_outputs, token_logprobs
 
 if TYPE_CHECKING:
@@ -39,12 +40,13 @@ class OpdConfig:
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        """Refuse a variant that there isn't.
+        """Refuse what can't be meant.
 
         Raises:
             UsageError: names the setting.
         """
         check_one_of("against", self.against, ("old", "live"))
+        check_least(self, 1, "batch_size", "micro_batch", "max_tokens")
 
 
 class Opd:

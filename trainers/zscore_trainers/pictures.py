@@ -1,24 +1,26 @@
 """The pictures of a training set, for random access: encoded as they are, in one local file.
 
 Shards can only be read from front to back, and steps draw pictures at random. So what is wanted is copied once, in the
-order of the shards, into a file beside the run; a picture is then one `pread`, whatever the shards lie on.
+order of the shards, into a file beside the run; a picture is then one `pread`, whatever the shards lie on. Each is
+decoded once on its way, so that one that can't be is left out there, and doesn't end the run at the step that draws it.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from zscore.images import load
+from zscore.images import decode, load
+from zscore.patches import PixelOptions, target_size
+from zscore.records import Failure
 from zscore.samples import ReadOptions, read_samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from zscore.patches import PixelOptions
-    from zscore.records import Failure, Pixels, Sample, ShardRef
+    from zscore.records import Pixels, Sample, ShardRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,8 @@ def collect(
     """Copy the pictures of wanted samples into a new file.
 
     Returns:
-        The samples (without their bytes) in the order of the shards, each with its place. Samples that can't be read
-        come with their failure and an empty place.
+        The samples (without their bytes) in the order of the shards, each with its place. Samples that can't be read,
+        or whose picture can't be decoded, come with their failure and an empty place.
     """
     found = []
     with path.open("wb") as file:
@@ -63,12 +65,20 @@ def collect(
             for sample in read_samples(shard, options or ReadOptions()):
                 if not wants(sample):
                     continue
-                place = Place(file.tell(), 0 if sample.failure else len(sample.image))
-                if sample.failure is None:
+                failure = sample.failure or _unreadable(sample.image)
+                place = Place(file.tell(), 0 if failure else len(sample.image))
+                if failure is None:
                     file.write(sample.image)
-                found.append((_without_bytes(sample), place))
+                found.append((replace(sample, image=b"", failure=failure), place))
     return found
 
 
-def _without_bytes(sample: Sample) -> Sample:
-    return type(sample)(sample.shard, sample.index, sample.key, sample.prompt, sample.group, b"", sample.failure)
+def _unreadable(data: bytes) -> Failure | None:
+    """Why a picture can't be trained on, whatever it is resized to."""
+    limits = PixelOptions()
+    rgb_HWC = decode(data, limits)
+    if isinstance(rgb_HWC, Failure):
+        return rgb_HWC
+    height, width, _ = rgb_HWC.shape
+    size = target_size(height, width, limits)
+    return size if isinstance(size, Failure) else None

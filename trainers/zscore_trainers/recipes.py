@@ -8,11 +8,12 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 from zscore.errors import UsageError
+from zscore.rubrics.rubric import LAYOUTS
 from zscore_trainers.algorithms import ALGORITHMS, chosen
+from zscore_trainers.checks import check_least, check_one_of, check_positive, check_share
 from zscore_trainers.engine import EngineConfig
 from zscore_trainers.lora import MODULES
 from zscore_trainers.risd import RisdConfig
-from zscore_trainers.rollouts import check_one_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,9 +53,13 @@ class Recipe:
         Raises:
             UsageError: names the setting.
         """
+        check_one_of("layout", self.layout, LAYOUTS)
+        check_one_of("dtype", self.dtype, ("float32", "bfloat16"))
         check_one_of("rollouts", self.rollouts, ("transformers", "vllm"))
-        if self.lora_rank < 0:
-            raise UsageError(f"lora_rank is {self.lora_rank}: 0 trains all weights, 16 is usual")
+        check_least(self, 1, "max_pixels", "min_pixels")
+        check_least(self, 0, "seed", "lora_rank")
+        check_positive(self, "lora_alpha")
+        check_share(self, "held_out")
 
 
 def tiny() -> Recipe:

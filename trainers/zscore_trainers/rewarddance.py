@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from zscore_trainers.checks import check_least
 from zscore_trainers.sequences import collate
 
 if TYPE_CHECKING:
@@ -37,6 +38,14 @@ class RewardDanceConfig:
     """Outputs a step, over all ranks."""
     micro_batch: int = 64
     """Outputs a forward pass."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that can't be meant.
+
+        Raises:
+            UsageError: names the setting.
+        """
+        check_least(self, 1, "batch_size", "micro_batch")
 
 
 class RewardDance:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zscore_trainers.checks import check_least
 from zscore_trainers.losses import mass_loss
 
 if TYPE_CHECKING:
@@ -37,6 +38,15 @@ class RisdConfig:
     """Samples a forward pass."""
     mass: float = 0.05
     """Weight of the mass term; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that can't be meant.
+
+        Raises:
+            UsageError: names the setting.
+        """
+        check_least(self, 1, "batch_size", "micro_batch")
+        check_least(self, 0, "mass")
 
 
 class Risd:

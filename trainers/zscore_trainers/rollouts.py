@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zscore.errors import UsageError
+from zscore.errors import SampleError
 from zscore.records import Failure
 from zscore_trainers.lora import whole_weights
 from zscore_trainers.sequences import Written
@@ -69,7 +69,7 @@ class Rollouts:
         """One output for each prompt; the same seeds give the same outputs.
 
         Raises:
-            ValueError: a prompt can't be continued; says why.
+            SampleError: a prompt can't be continued; says why.
         """
         waiting = list(enumerate(zip(prompts, seeds, strict=True)))[::-1]
         inside, found = 0, dict[int, Rollout]()
@@ -81,7 +81,7 @@ class Rollouts:
             for tag, output in self._generator.step():
                 inside -= 1
                 if isinstance(output, Failure):
-                    raise ValueError(f"no rollout: {output.error}")  # noqa: TRY004 - the data is wrong, not a type
+                    raise SampleError(f"no rollout: {output.error}")
                 found[tag] = self._rollout(prompts[tag], output)
         return [found[tag] for tag in range(len(prompts))]
 
@@ -115,16 +115,6 @@ class Sampling:
     def share(self, order: Order, step: int) -> list[int]:
         """This rank's part of a step's batch."""
         return order.share(step, self.rank, self.ranks)
-
-
-def check_one_of(name: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a word that a setting doesn't know.
-
-    Raises:
-        UsageError: names the setting, the word and those it knows.
-    """
-    if value not in known:
-        raise UsageError(f"{name} is '{value}': choose {' or '.join(known)}")
 
 
 def rollout_seed(*numbers: int) -> int:

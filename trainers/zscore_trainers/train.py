@@ -200,6 +200,9 @@ def _read_data(options: TrainOptions, recipe: Recipe, targets: Targets | ToldTab
     _prepare_folder(options)
     found = collect(expand(options.shards), options.out / "pictures.bin", targets.__contains__)
     good = [(sample, place) for sample, place in found if sample.failure is None]
+    bad = [f"'{sample.key}' of {sample.shard}: {sample.failure.error}" for sample, _ in found if sample.failure]
+    if bad and not good:
+        raise UsageError(f"none of the {len(bad):,} samples of {options.data} in the shards can be read; {bad[0]}")
     if not good:
         raise UsageError(f"none of the {len(targets):,} samples of {options.data} is in the shards: are they the same?")
     held = [pair for pair in good if is_held_out(pair[0].prompt, recipe.held_out)]
