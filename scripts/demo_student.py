@@ -1,6 +1,6 @@
 """Trains the demo student that ships with the package, from nothing: base, teacher, cached distributions, student.
 
-    python scripts/demo_student.py WORK              about an hour on two cores; goes on where it was cut off
+    python scripts/demo_student.py WORK              about an hour and a half; goes on where it was cut off
     python scripts/demo_student.py WORK --install    and copies the result to zscore/demo/checkpoint
 
 Every stage is a command that a user would type. Scenes of all of them are drawn for prompts of the `train` split; the
@@ -15,8 +15,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+
+from zscore_trainers.world.gates import gates
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "zscore" / "demo" / "checkpoint"
@@ -29,11 +32,13 @@ TRAIN_TEACHER = f"""{ZSCORE} train gdso labelled --recipe tiny --data annotated/
     --set group=8 --set evaluate_every=0 --set save_every=20"""
 SCORE_BY_TEACHER = f"""{ZSCORE} score unlabelled --model teacher/model --reasoning --max-output-tokens 64
     --engine transformers --dtype float32 --out teacher.parquet"""
+SCORE_TEST_BY_TEACHER = f"""{ZSCORE} score test --model teacher/model --reasoning --max-output-tokens 64
+    --engine transformers --dtype float32 --out test-teacher.parquet"""
 TRAIN_STUDENT = f"""{ZSCORE} train risd unlabelled --recipe tiny --data teacher.parquet --model base/model --out student
     --resume {SET} --set steps=250 --set learning_rate=3e-4 --set warmup=10 --set evaluate_every=50
     --set save_every=50"""
 STAGES = (
-    ("base/model/zscore.json", f"-m zscore_trainers.world.base base --seed {SEED}"),
+    ("base/model/zscore.json", f"-m zscore_trainers.world.base base --steps 3000 --seed {SEED}"),
     ("labelled/truth.csv", f"-m zscore_trainers.world labelled --prompts 256 --seed {SEED + 1}"),
     ("annotated/annotations.parquet", f"{ZSCORE} annotations build labelled/ratings.csv labelled --out annotated"),
     ("teacher/model/zscore.json", TRAIN_TEACHER),
@@ -42,6 +47,8 @@ STAGES = (
     ("student/model/zscore.json", TRAIN_STUDENT),
     ("test/truth.csv", f"-m zscore_trainers.world test --split test --prompts 512 --seed {SEED + 3}"),
     ("test.parquet", f"{ZSCORE} score test --model student/model --engine transformers --out test.parquet"),
+    ("test-base.parquet", f"{ZSCORE} score test --model base/model --engine transformers --out test-base.parquet"),
+    ("test-teacher.parquet", SCORE_TEST_BY_TEACHER),
 )
 
 
@@ -56,6 +63,18 @@ def python(command: str, folder: Path) -> str:
     return done.stdout
 
 
+def compared(scores: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Agreement of a table of scores with the truth of the test prompts, by dimension."""
+    found = json.loads(python(f"{ZSCORE} eval {scores}.parquet test/truth.csv --json", folder))["scores"]
+    return {
+        one["dimension"]: {
+            "pairs": one["pairs"],
+            **{name: round(one["metrics"][name]["value"], 4) for name in ("plcc", "srcc", "hpa", "margin_hpa")},
+        }
+        for one in found["dimensions"]
+    }
+
+
 def main() -> None:
     """Run what is missing; install on demand."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,19 +85,14 @@ def main() -> None:
     for result, command in STAGES:
         if not (given.work / result).exists():
             python(command, given.work)
-    compared = json.loads(python(f"{ZSCORE} eval test.parquet test/truth.csv --json", given.work))["scores"]
-    reached = {
-        one["dimension"]: {
-            "pairs": one["pairs"],
-            **{name: round(one["metrics"][name]["value"], 4) for name in ("plcc", "srcc", "hpa", "margin_hpa")},
-        }
-        for one in compared["dimensions"]
-    }
+    reached = compared("test", given.work)
     recipe = {
         "seed": SEED,
         "commands": [" ".join(["python", *shlex.split(command)]) for _, command in STAGES],
         "versions": {name: version(name) for name in ("torch", "transformers", "zscore-reward")},
         "reached": reached,
+        "before": {name: compared(f"test-{name}", given.work) for name in ("base", "teacher")},
+        "teacher_gates": asdict(gates(given.work / "test-teacher.parquet", given.work / "test")),
     }
     (given.work / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     print(json.dumps(reached, indent=2))

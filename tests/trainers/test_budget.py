@@ -69,6 +69,17 @@ class TestByHand:
         assert logits(248_320, WORK) == 2 * 4 * 4096 * 10
         assert logits(1000, WORK) == 2 * 4 * 1000 * 10
 
+    def test_rollouts_take_a_generator_and_a_reference(self):
+        wrote = Work(sequences=2, image_tokens=3, probes=1, text_tokens=7, logprobs=True, drawn=5, others=1)
+        config = CONFIG | {"text_config": CONFIG["text_config"] | {"num_hidden_layers": 8}}
+        found = budget(COUNTS, config, wrote, gpus=8)
+        assert found["other models (share)"] == 1000 * 4 / 8
+        assert found["whole weights"] == 2 * (400 + 2 * 100) * 2
+        assert found["logits"] == (2 * 1 * 1000 + 2 * 7 * 1000) * 10  # fewer tokens than a chunk
+        cache = 2 * 2 * 1 * 5 * (3 + 7)  # keys and values of two full layers, a head of 5, ten tokens
+        assert found["generator"] == 2 * (1000 + 5 * cache)
+        assert budget(COUNTS, CONFIG, WORK, gpus=8)["generator"] == 0
+
     def test_the_table_says_what_fits(self):
         large = Counts(trained=30 * 10**9, frozen=0, block=10**9, rest=10**9, rest_trained=10**9, block_trained=10**9)
         lines = table(large, CONFIG, [(2, WORK), (16, WORK)]).splitlines()
@@ -157,6 +168,16 @@ class TestArchitectures:
         assert f"(the architecture of {name})" in said[0]
         assert said[1].split()[-6:] == ["8", "GPUs", "16", "GPUs", "32", "GPUs"]
         assert said[-1].split()[-3:] == ["yes", "yes", "yes"]
+
+    def test_a_teacher_by_gdso_wants_more(self):
+        """A whole generator and a reference beside the policy; a batch of 8 pairs can't be shared by 16."""
+        lines = plan(load_recipe("z-reward-27b", [], "gdso"), "z-reward-27b", "x").splitlines()
+        assert lines[-1] == "batch_size is 8: 16 or 32 GPUs can't share it, set a multiple"
+        assert lines[-2].split()[-3:] == ["no", "no", "yes"]
+        (line,) = (one for one in lines if one.startswith("generator"))
+        assert float(line.split()[-1]) > 2 * 27.36
+        wide = plan(load_recipe("z-reward-27b", ["batch_size=32"], "gdso"), "z-reward-27b", "x")
+        assert wide.splitlines()[-1].startswith("fits")
 
     def test_a_checkpoint_s_own_config_goes_first(self, world):  # noqa: F811
         said = plan(load_recipe("z-reward-9b"), "z-reward-9b", str(world / "body"))

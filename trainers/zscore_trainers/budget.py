@@ -5,6 +5,9 @@ a frozen one 2. What FSDP2 holds whole is in the arithmetic's dtype: the weights
 computes, the next arrives), and, on the way back, their gradients with the float32 copy that is summed over the ranks;
 the output projection's gradient comes in two parts (level tokens, whole vocabulary), each as large as itself.
 
+An algorithm that learns from rollouts has more on every GPU: its generator, a whole model with a cache of keys and
+values, and its share of the reference or of OPD's teacher, in float32.
+
 Estimated: activations, from the sizes of the tensors that a block saves. They weren't measured on a GPU. All rows are
 added up though they don't peak together, so the sum is meant as an upper bound; leave a tenth for fragmentation.
 
@@ -22,8 +25,9 @@ from zscore.errors import UsageError
 from zscore.rubrics.rubric import load_rubric
 from zscore_trainers import parallel
 from zscore_trainers.bodies import BODIES, meta_model
+from zscore_trainers.grpo import GrpoConfig
 from zscore_trainers.lora import add_adapters
-from zscore_trainers.vocabulary import SLICE
+from zscore_trainers.vocabulary import CHUNK, SLICE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,6 +41,8 @@ GPU_BYTES = 141e9
 """Of an H200."""
 TEXT_TOKENS = 512
 """Of the prompt beside the picture: an assumption."""
+DRAWN = 64
+"""Outputs that transformers writes at a time (`algorithms.Setup.sampling`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,13 @@ class Work:
     """Of a number of the arithmetic's dtype."""
     checkpointing: bool = True
     text_tokens: int = TEXT_TOKENS
+    """Of the prompt and what was written after it."""
+    logprobs: bool = False
+    """Whether log-probabilities of tokens are wanted."""
+    drawn: int = 0
+    """Outputs that the generator writes at a time; 0 where there is none."""
+    others: int = 0
+    """Whole models beside the policy, shared out as it is: a reference, a teacher."""
 
 
 def counts(model: nn.Module) -> Counts:
@@ -95,10 +108,12 @@ def budget(found: Counts, config: Mapping[str, Any], work: Work, gpus: int) -> d
         "weights (share)": (4 * found.trained + each * found.frozen) / gpus,
         "gradients (share)": 4 * found.trained / gpus,
         "AdamW's moments (share)": 8 * found.trained / gpus,
-        "whole weights": each * gathered,
+        "other models (share)": 4 * work.others * (found.trained + found.frozen) / gpus,
+        "whole weights": each * gathered * (1 + work.others),
         "whole gradients": (each + 4) * gathered_trained + each * parts,
         "activations": activations(config, work),
         "logits": logits(text["vocab_size"], work),
+        "generator": generator(found, text, work),
     }
 
 
@@ -140,8 +155,23 @@ def _vision_block(vision: Mapping[str, Any], work: Work) -> int:
 
 
 def logits(vocabulary: int, work: Work) -> float:
-    """Bytes of the logits that exist at one time: a slice of the vocabulary at all probes, twice in float32."""
-    return float(work.sequences * work.probes * min(SLICE, vocabulary) * (work.bytes_each + 8))
+    """Bytes of the logits that exist at one time, twice in float32.
+
+    A slice of the vocabulary at all probes, and all of it at a chunk of tokens whose log-probabilities are wanted.
+    """
+    found = work.sequences * work.probes * min(SLICE, vocabulary)
+    if work.logprobs:
+        found += min(CHUNK, work.sequences * work.text_tokens) * vocabulary
+    return float(found * (work.bytes_each + 8))
+
+
+def generator(found: Counts, text: Mapping[str, Any], work: Work) -> float:
+    """Bytes of the model that writes: all its weights, and keys and values of all that it writes at a time."""
+    if not work.drawn:
+        return 0.0
+    full = text["num_hidden_layers"] // text.get("full_attention_interval", 4)
+    cache = 2 * full * text["num_key_value_heads"] * text["head_dim"] * (work.image_tokens + work.text_tokens)
+    return float(work.bytes_each * (found.trained + found.frozen + work.drawn * cache))
 
 
 def plan(recipe: Recipe, name: str, model: str) -> str:
@@ -169,21 +199,34 @@ def plan(recipe: Recipe, name: str, model: str) -> str:
     found = counts(body)
     origin = str(file) if file.is_file() else f"the architecture of {name}"
     head = f"{(found.trained + found.frozen) / 1e9:.2f} billion weights ({origin}), {found.trained / 1e9:.2f} trained"
-    return f"{head}\n{table(found, config, [(gpus, _work(recipe, config, gpus)) for gpus in GPUS])}"
+    said = f"{head}\n{table(found, config, [(gpus, _work(recipe, config, gpus)) for gpus in GPUS])}"
+    uneven = [str(gpus) for gpus in GPUS if recipe.algorithm.batch_size % gpus]
+    if uneven:
+        size = recipe.algorithm.batch_size
+        said += f"\nbatch_size is {size}: {' or '.join(uneven)} GPUs can't share it, set a multiple"
+    return said
 
 
 def _work(recipe: Recipe, config: Mapping[str, Any], gpus: int) -> Work:
-    """Of the largest micro-batch, with the largest pictures."""
-    samples = min(recipe.algorithm.micro_batch, max(1, recipe.algorithm.batch_size // gpus))
+    """Of the largest micro-batch, with the largest pictures and the longest outputs."""
+    algorithm = recipe.algorithm
+    written = getattr(algorithm, "max_tokens", 0)
+    sides = 2 * algorithm.group if isinstance(algorithm, GrpoConfig) else 1
+    share = max(1, algorithm.batch_size // gpus) * sides
+    sequences = min(algorithm.micro_batch, share)
     dimensions = len(load_rubric(recipe.rubric).names)
     joint = recipe.layout == "joint"
     vision = config["vision_config"]
     return Work(
-        sequences=samples if joint else samples * dimensions,
+        sequences=sequences * dimensions if recipe.layout == "separate" else sequences,
         image_tokens=recipe.max_pixels // (vision["patch_size"] * vision["spatial_merge_size"]) ** 2,
         probes=dimensions if joint else 1,
         bytes_each=4 if recipe.dtype == "float32" else 2,
         checkpointing=recipe.gradient_checkpointing,
+        text_tokens=TEXT_TOKENS + written,
+        logprobs=recipe.layout == "reasoning",
+        drawn=min(DRAWN, share) if written else 0,
+        others=int(bool(written) and getattr(algorithm, "beta", 1) > 0),
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from zscore_kernels import score_head, score_head_kl
-from zscore_trainers.vocabulary import log_partition, token_logprobs
+from zscore_trainers.vocabulary import CHUNK, log_partition, token_logprobs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +84,7 @@ class ScorePolicy(nn.Module):
         chunk: positions whose V logits exist at one time.
     """
 
-    def __init__(self, model: nn.Module, level_token_ids: Sequence[int], *, chunk: int = 512) -> None:
+    def __init__(self, model: nn.Module, level_token_ids: Sequence[int], *, chunk: int = CHUNK) -> None:
         super().__init__()
         self.model = model
         self.chunk = chunk

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+CHUNK = 512
+"""Positions whose logits over the whole vocabulary exist at one time."""
 SLICE = 4096
 """Tokens whose logits `log_partition` holds at a time."""
 
 
-def token_logprobs(hidden_MH: Tensor, weight_VH: Tensor, tokens_M: Tensor, chunk: int = 512) -> Tensor:
+def token_logprobs(hidden_MH: Tensor, weight_VH: Tensor, tokens_M: Tensor, chunk: int = CHUNK) -> Tensor:
     """Log-probability of each token from the hidden state before it, float32, (M,).
 
     At most `chunk` rows of V logits exist at a time, in the backward pass too: there they are computed again.
