@@ -36,7 +36,7 @@ from zscore_trainers.pictures import PictureFile, collect
 from zscore_trainers.policy import ScorePolicy
 from zscore_trainers.recipes import for_algorithm
 from zscore_trainers.targets import read_targets
-from zscore_trainers.told import read_told
+from zscore_trainers.told import ToldTable, read_told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from zscore_trainers.pictures import Place
     from zscore_trainers.recipes import Recipe
     from zscore_trainers.targets import Targets
-    from zscore_trainers.told import ToldTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +198,8 @@ def _read_data(options: TrainOptions, recipe: Recipe, targets: Targets | ToldTab
     """Copy the pictures, and share the samples out between training and evaluation."""
     _prepare_folder(options)
     found = collect(expand(options.shards), options.out / "pictures.bin", targets.__contains__)
+    if isinstance(targets, ToldTable):
+        targets.check(sample for sample, _ in found)
     good = [(sample, place) for sample, place in found if sample.failure is None]
     if not good:
         raise UsageError(f"none of the {len(targets):,} samples of {options.data} is in the shards: are they the same?")
