@@ -82,6 +82,16 @@ class TestRuns:
             assert 0 <= made.metrics["held_out_valid"] <= 1
             assert {"valid", "loss"} <= set(logged[0])
 
+    def test_pairs_of_pictures_with_labels_on_some_dimensions(self, world, talker, tmp_path):
+        """A pair is about one dimension: it wants no label on the others."""
+        lacking = [pl.lit(None, pl.Float64).alias(name) for name in RUBRIC.names[1:]]
+        table = pl.read_parquet(world / "annotated" / "annotations.parquet").with_columns(lacking)
+        table.write_parquet(tmp_path / "a.parquet")
+        changed = options(world, talker, tmp_path / "run", "gdso", data=str(tmp_path / "a.parquet"))
+        made = train(changed, recipe("gdso", "steps=1"))
+        assert made.samples + made.held_out == table.height
+        assert made.left_out == {f"have no label on {name}, only on others": table.height for name in RUBRIC.names[1:]}
+
     @pytest.mark.vllm
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_rollouts_from_vllm(self, world, talker, tmp_path, dtype):

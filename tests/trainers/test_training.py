@@ -15,6 +15,7 @@ import torch
 
 from tests.trainers import world_set
 from zscore.errors import UsageError
+from zscore_trainers import losses
 from zscore_trainers.data import Order, TrainSet
 from zscore_trainers.engine import DONE, Engine, EngineConfig
 from zscore_trainers.risd import Risd, RisdConfig
@@ -116,6 +117,29 @@ class TestRisd:
         with pytest.raises(ValueError, match="a batch of 5 can't be shared by 2 ranks"):
             risd(train, collate, batch=5, ranks=2)
 
+    @pytest.mark.parametrize("micro", [1, 4])
+    def test_a_dimension_without_a_target_teaches_nothing(self, made, micro):
+        """Every other one weighs as much as if it were there, whatever else is in the batch."""
+        model, train, joint = made
+        targets = train.targets_NDK.copy()
+        targets[::2, 1:3] = np.nan
+        partial = TrainSet(train.samples, train.places, targets)
+        collate = world_set.collator(partial, joint.pictures.path.parent, model)
+        policy = world_set.load(model)
+        with closing(collate.pictures):
+            order = Order(len(train.samples), 4)
+            config = RisdConfig(batch_size=4, micro_batch=micro, mass=0.0)
+            found = Risd(config, order, collate).backward(policy, 0)
+            mine = gradients(policy)
+            batch, targets_BDK = collate(order.share(0, 0, 1))
+        logits_BDK = policy(batch, with_logprobs=False).score_logits_BDK
+        known_BD = ~targets_BDK.isnan().any(-1)
+        assert not known_BD.all()
+        total = losses.risd_loss(targets_BDK[known_BD], logits_BDK[known_BD]) * known_BD.float().mean()
+        total.backward()
+        assert (mine - gradients(policy)).norm() < 1e-4 * mine.norm()
+        assert found["loss"] == pytest.approx(float(total.detach()), rel=1e-4)
+
     def test_the_loss_follows_the_device(self, made, monkeypatch):
         """Where the kernels are the choice of the device, they run, forward and backward: nothing picks a reference."""
         from zscore_kernels import backend_calls, launch
@@ -159,6 +183,7 @@ from pathlib import Path
 from tests.conftest import pytest_configure
 pytest_configure()
 from tests.trainers import world_set
+from zscore_trainers import losses
 from zscore_trainers.data import Order
 from zscore_trainers.engine import Engine, EngineConfig
 from zscore_trainers.risd import Risd, RisdConfig

@@ -63,13 +63,17 @@ class HeldOut:
         return self.agreement(self._means(policy))
 
     def agreement(self, mu_ND: NDArray[np.float32]) -> Mapping[str, float]:
-        """Of expected scores with the targets'."""
+        """Of expected scores with the targets', where there are any."""
         result = {}
+        known_ND = ~np.isnan(self._wanted_ND)
         for column, name in enumerate((*self.names, "overall")):
-            mine, wanted = (_column(values, column) for values in (mu_ND, self._wanted_ND))
+            some_N = known_ND.any(1) if column == len(self.names) else known_ND[:, column]
+            if not some_N.any():
+                continue
+            mine, wanted = (_column(values[some_N], column, known_ND[some_N]) for values in (mu_ND, self._wanted_ND))
             if np.ptp(mine) > 0 and np.ptp(wanted) > 0:
                 result[f"plcc_{name}"] = float(stats.pearsonr(mine, wanted).statistic)
-            accuracy = _accuracy(mine, wanted, self._group_N)
+            accuracy = _accuracy(mine, wanted, self._group_N[some_N])
             if accuracy is not None:
                 result[f"hpa_{name}"] = accuracy
         return result
@@ -128,8 +132,10 @@ def _group(sample: Sample) -> str:
     return sample.group or sample.prompt
 
 
-def _column(values_ND: NDArray[np.float32], column: int) -> NDArray[np.float64]:
-    chosen = values_ND.mean(1) if column == values_ND.shape[1] else values_ND[:, column]
+def _column(values_ND: NDArray[np.float32], column: int, known_ND: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Of a dimension; behind the last one, the mean of each sample's known dimensions."""
+    overall = column == values_ND.shape[1]
+    chosen = values_ND.mean(1, where=known_ND) if overall else values_ND[:, column]
     return chosen.astype(np.float64).round(6)
 
 

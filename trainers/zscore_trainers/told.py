@@ -41,6 +41,8 @@ class ToldTable:
         self._words = words
         self._rubric = rubric
         self._source = source
+        self.left_out: dict[str, int] = {}
+        """Nothing: a line that can't be used is an error."""
 
     def __len__(self) -> int:
         return len(self._words)

@@ -75,8 +75,8 @@ class Trained:
     steps: int
     samples: int
     held_out: int
-    left_out: int
-    """Samples of the table whose picture or text can't be read, or that the shards don't hold."""
+    left_out: Mapping[str, int]
+    """Samples of the table that aren't learned from, or not whole: how many, by what is wrong with them."""
     metrics: Mapping[str, float]
     """Agreement on the held-out prompts at the end."""
 
@@ -164,8 +164,8 @@ class _Data:
 
     train: TrainSet
     held_out: TrainSet | None
-    left_out: int
-    """Samples of the table that are in neither."""
+    left_out: Mapping[str, int]
+    """Samples of the table that are in neither, or not whole, by what is wrong with them."""
 
 
 def _targets(options: TrainOptions, choice: Choice, rubric: Rubric) -> Targets | ToldTable:
@@ -207,7 +207,10 @@ def _read_data(options: TrainOptions, recipe: Recipe, targets: Targets | ToldTab
     rest = [pair for pair in good if not is_held_out(pair[0].prompt, recipe.held_out)]
     if not rest:
         raise UsageError(f"all {len(good)} samples are held out: lower held_out (now {recipe.held_out})")
-    return _Data(_train_set(rest, targets), _train_set(held, targets) if held else None, len(targets) - len(good))
+    left_out = dict(targets.left_out)
+    if len(good) < len(targets):
+        left_out["have no readable picture and prompt in the shards"] = len(targets) - len(good)
+    return _Data(_train_set(rest, targets), _train_set(held, targets) if held else None, left_out)
 
 
 def _train_set(pairs: Sequence[tuple[Sample, Place]], targets: Targets | ToldTable) -> TrainSet:
