@@ -1,15 +1,22 @@
-"""Given reasonings: whose they are."""
+"""Given reasonings: whose they are, and how well held-out scores follow from them."""
 
 from __future__ import annotations
 
 import json
+from contextlib import closing
 
+import numpy as np
 import pytest
+import torch
 
 from tests.trainers import world_set
 from zscore.errors import TableError
 from zscore.records import Failure, Sample, Status
+from zscore_trainers import held_out
+from zscore_trainers.data import TrainSet
+from zscore_trainers.held_out import HeldOut, HeldOutTold, turns
 from zscore_trainers.recipes import load_recipe
+from zscore_trainers.sequences import with_output
 from zscore_trainers.told import read_told
 from zscore_trainers.train import TrainOptions, train
 from zscore_trainers.world.shards import WorldOptions, write_world
@@ -73,3 +80,40 @@ def test_two_folders_of_shards_with_the_same_keys(tmp_path):
     )
     with pytest.raises(TableError, match="give shard and index in its lines"):
         train(options, load_recipe("tiny", ("steps=1", "held_out=0"), "rewarddance"))
+
+
+class TestHeldOut:
+    def test_scores_are_read_behind_the_given_reasonings(self, tmp_path):
+        """In batches as one by one; a sample of which nothing is said on a dimension isn't compared there."""
+        model, world = world_set.body(tmp_path / "body"), tmp_path / "world"
+        full = world_set.world_set(world, prompts=3)
+        lines = [json.loads(one) for one in (world / "reasoning.jsonl").read_text().splitlines()]
+        found = table(tmp_path, *(one for number, one in enumerate(lines) if number % 5))
+        targets = np.stack([found.target(one) for one in full.samples])
+        collator = world_set.collator(TrainSet(full.samples, full.places, targets), world, model, "reasoning")
+        policy, told = world_set.load(model).eval(), found.outputs(collator)
+        with closing(collator.pictures):
+            evaluate = HeldOutTold(HeldOut(collator, RUBRIC.names, RUBRIC.values, 5), collator, told, 5)
+            mu_ND = evaluate.means(policy)
+            agreement = evaluate(policy)
+            for one in told:
+                prompt = collator.prompts([one.sample])[0][one.dimension]
+                with torch.no_grad():
+                    output = policy(collator.pad([with_output(prompt, one.written)]), with_logprobs=False)
+                wanted = float(output.score_logits_BDK[0, 0].softmax(-1) @ torch.tensor(RUBRIC.values))
+                assert mu_ND[one.sample, one.dimension] == pytest.approx(wanted, abs=1e-4)
+        assert len(told) == np.isfinite(targets).all(-1).sum() == np.count_nonzero(mu_ND) < mu_ND.size
+        assert "hpa_overall" in agreement
+
+    @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+    def test_ranks_take_turns(self, monkeypatch, ranks):
+        """Everything counts once, and all ranks compute as often."""
+        monkeypatch.setattr(held_out.parallel, "ranks", lambda: ranks)
+        counted, often = [], set()
+        for rank in range(ranks):
+            monkeypatch.setattr(held_out.parallel, "rank", lambda rank=rank: rank)
+            mine = list(turns(11, 4))
+            often.add(len(mine))
+            counted += [number for some, counts in mine if counts for number in some]
+        assert sorted(counted) == list(range(11))
+        assert len(often) == 1

@@ -78,6 +78,8 @@ class TestRuns:
         assert about["layout"] == "reasoning"
         before = load_file(talker / "model.safetensors")
         assert any(not torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
+        assert {"plcc_overall", "hpa_overall"} <= set(made.metrics)
+        assert set(made.metrics) <= set(logged[1])
         if algorithm != "rewarddance":
             assert 0 <= made.metrics["held_out_valid"] <= 1
             assert {"valid", "loss"} <= set(logged[0])

@@ -30,7 +30,7 @@ from zscore_trainers.algorithms import Choice, Setup, chosen
 from zscore_trainers.data import Collator, TrainSet
 from zscore_trainers.engine import Engine, deciding
 from zscore_trainers.export import export
-from zscore_trainers.held_out import HeldOut, HeldOutReasoning, is_held_out
+from zscore_trainers.held_out import HeldOut, HeldOutReasoning, HeldOutTold, is_held_out
 from zscore_trainers.lora import add_adapters
 from zscore_trainers.pictures import PictureFile, collect
 from zscore_trainers.policy import ScorePolicy
@@ -123,7 +123,7 @@ def train(
             load = partial(_other_policy, checkpoint, builder, recipe, device)
             algorithm = choice.make(_setup(options, recipe, collators[0], targets, load))
             stack.callback(_release, algorithm)  # last of all: vLLM takes every process group with it
-            evaluate = _held_out(collators, rubric, recipe, algorithm)
+            evaluate = _held_out(collators, targets, recipe, algorithm)
             engine = Engine(policy, algorithm, recipe.engine, options.out, settings)
             if options.resume and not engine.resume() and on_restart is not None and parallel.rank() == 0:
                 on_restart()
@@ -233,16 +233,17 @@ def _collators(
 
 
 def _held_out(
-    collators: Sequence[Collator], rubric: Rubric, recipe: Recipe, algorithm: Algorithm
+    collators: Sequence[Collator], targets: Targets | ToldTable, recipe: Recipe, algorithm: Algorithm
 ) -> Callable[[ScorePolicy], Mapping[str, float]] | None:
-    """What evaluates on the held-out prompts; a policy that reasons needs the algorithm's rollouts for it."""
+    """What evaluates on the held-out prompts; a policy that reasons needs given reasonings for it, or rollouts."""
     if len(collators) == 1:
         return None
-    direct = HeldOut(collators[1], rubric.names, rubric.values, recipe.algorithm.micro_batch)
-    if recipe.layout != "reasoning":
-        return direct
+    rubric, size = load_rubric(recipe.rubric), recipe.algorithm.micro_batch
+    direct = HeldOut(collators[1], rubric.names, rubric.values, size)
+    if isinstance(targets, ToldTable):
+        return HeldOutTold(direct, collators[1], targets.outputs(collators[1]), size)
     sampling = getattr(algorithm, "sampling", None)
-    return None if sampling is None else HeldOutReasoning(direct, sampling.rollouts)
+    return direct if sampling is None else HeldOutReasoning(direct, sampling.rollouts)
 
 
 def _policy(checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe, device: torch.device) -> ScorePolicy:
