@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import tarfile
 
 import numpy as np
 import polars as pl
@@ -83,8 +86,6 @@ class TestRun:
         policy = world_set.load(trained.model)
         with torch.no_grad():
             wanted = policy(collate(range(3))[0], with_logprobs=False).score_logits_BDK.softmax(-1).numpy()
-        import io
-
         from PIL import Image
 
         pictures = []
@@ -134,6 +135,39 @@ class TestRun:
         assert np.isfinite(made.metrics["plcc_overall"])
         logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
         assert all(np.isfinite(row["loss"]) for row in logged)
+
+
+class TestResume:
+    @pytest.mark.parametrize("name", ["prompts", "pictures"])
+    def test_other_shards_of_the_same_names_are_refused(self, world, tmp_path, name):
+        """The same samples with another prompt, or with other bytes of a picture."""
+        recipe = load_recipe("tiny", (*FAST, "steps=1", "held_out=0"))
+        begun = options(world, tmp_path / "run")
+        train(begun, recipe)
+        (tmp_path / "other").mkdir()
+        ends, change = (".json", spoken_louder) if name == "prompts" else (".png", lambda data: data + b" ")
+        for shard in (world / "world").glob("*.tar"):
+            rewrite(shard, tmp_path / "other" / shard.name, ends, change)
+        other = dataclasses.replace(begun, shards=(str(tmp_path / "other"),), resume=True)
+        with pytest.raises(UsageError, match=f"was made with {name} = "):
+            train(other, recipe)
+        assert train(dataclasses.replace(begun, resume=True), recipe).steps == 1
+
+
+def spoken_louder(data):
+    """Metadata with another prompt."""
+    found = json.loads(data)
+    return json.dumps(found | {"prompt": found["prompt"] + "!"}).encode()
+
+
+def rewrite(shard, to, ends, change):
+    """A copy of a shard with some of its members changed."""
+    with tarfile.open(shard) as old, tarfile.open(to, "w") as new:
+        for member in old.getmembers():
+            data = old.extractfile(member).read()
+            data = change(data) if member.name.endswith(ends) else data
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
 
 
 class TestRefusals:

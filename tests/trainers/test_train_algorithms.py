@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.command import zscore
 from tests.scores_factory import row, write_scores
@@ -177,6 +178,28 @@ class TestRefusals:
         again = dataclasses.replace(first, resume=True)
         train(again, recipe("rewarddance", "save_every=9"), on_restart=lambda: said.append("anew"))
         assert said == ["anew"]
+
+    def test_resuming_with_other_reasonings(self, world, talker, tmp_path):
+        lines = (world / "world" / "reasoning.jsonl").read_text().splitlines()
+        said = json.loads(lines[0])
+        lines[0] = json.dumps(said | {"reasoning": said["reasoning"] + " Really."})
+        (tmp_path / "r.jsonl").write_text("\n".join(lines))
+        first = options(world, talker, tmp_path / "run", "rewarddance")
+        train(first, recipe("rewarddance", "steps=1"))
+        other = dataclasses.replace(first, resume=True, data=str(tmp_path / "r.jsonl"))
+        with pytest.raises(UsageError, match="was made with reasonings = "):
+            train(other, recipe("rewarddance", "steps=1"))
+
+    def test_resuming_with_another_teacher(self, world, talker, tmp_path):
+        shutil.copytree(talker, tmp_path / "teacher")
+        changed = load_file(talker / "model.safetensors")
+        changed["model.language_model.norm.weight"] += 0.1
+        save_file(changed, tmp_path / "teacher" / "model.safetensors", {"format": "pt"})
+        first = options(world, talker, tmp_path / "run", "opd")
+        train(first, recipe("opd", "steps=1"))
+        other = dataclasses.replace(first, resume=True, teacher=str(tmp_path / "teacher"))
+        with pytest.raises(UsageError, match="was made with teacher = "):
+            train(other, recipe("opd", "steps=1"))
 
     def test_opd_wants_a_teacher(self, world, talker, tmp_path):
         with pytest.raises(UsageError, match="opd: --teacher names"):

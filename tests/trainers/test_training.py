@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ class TestCollator:
     def test_a_sample_that_cannot_be_used_is_named(self, made):
         model, train, joint = made
         places = list(train.places)
-        places[2] = type(places[2])(places[2].start, 40)
+        places[2] = replace(places[2], size=40)
         broken = world_set.collator(
             TrainSet(train.samples, places, train.targets_NDK), joint.pictures.path.parent, model
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from zscore.images import load
@@ -27,6 +28,8 @@ class Place:
 
     start: int
     size: int
+    sha256: str
+    """Of the bytes."""
 
 
 class PictureFile:
@@ -63,10 +66,9 @@ def collect(
             for sample in read_samples(shard, options or ReadOptions()):
                 if not wants(sample):
                     continue
-                place = Place(file.tell(), 0 if sample.failure else len(sample.image))
-                if sample.failure is None:
-                    file.write(sample.image)
-                found.append((_without_bytes(sample), place))
+                image = b"" if sample.failure else sample.image
+                found.append((_without_bytes(sample), Place(file.tell(), len(image), sha256(image).hexdigest())))
+                file.write(image)
     return found
 
 

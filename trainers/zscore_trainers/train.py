@@ -119,7 +119,7 @@ def train(
         policy = _policy(checkpoint, builder, recipe, device)
         with closing(PictureFile(options.out / "pictures.bin")) as pictures, ExitStack() as stack:
             collators = _collators(data, pictures, checkpoint, builder, recipe)
-            settings = _settings(options, recipe, rubric, collators)
+            settings = _settings(options, recipe, rubric, collators, targets)
             load = partial(_other_policy, checkpoint, builder, recipe, device)
             algorithm = choice.make(_setup(options, recipe, collators[0], targets, load))
             stack.callback(_release, algorithm)  # last of all: vLLM takes every process group with it
@@ -296,20 +296,37 @@ def _release(algorithm: Algorithm) -> None:
 
 
 def _settings(
-    options: TrainOptions, recipe: Recipe, rubric: Rubric, collators: Sequence[Collator]
+    options: TrainOptions, recipe: Recipe, rubric: Rubric, collators: Sequence[Collator], targets: Targets | ToldTable
 ) -> Mapping[str, Any]:
-    """All that a checkpoint must share with the run that goes on from it."""
-    rows = hashlib.sha256()
-    for collate in collators:
-        rows.update(collate.train.targets_NDK.tobytes())
-        rows.update("\n".join(f"{one.shard} {one.index}" for one in collate.train.samples).encode())
+    """All that a checkpoint must share with the run that goes on from it.
+
+    Of models that is what `zscore.checkpoint.weights_hash` covers: every byte of the weights, of large ones the sizes
+    and evenly spaced samples.
+    """
     return {
         "algorithm": options.algorithm,
         "recipe": {**asdict(recipe), "engine": deciding(recipe.engine)},
         "rubric_hash": rubric.hash,
         "model": weights_hash(read_checkpoint(options.model).path),
-        "data": rows.hexdigest(),
+        "teacher": None if options.teacher is None else weights_hash(read_checkpoint(options.teacher).path),
+        **_data_hashes(collators, targets),
     }
+
+
+def _data_hashes(collators: Sequence[Collator], targets: Targets | ToldTable) -> dict[str, str]:
+    """Of targets and whose they are, prompts with groups, pictures as copied, and the tokens of given reasonings."""
+    sets = [one.train for one in collators]
+    samples = [sample for one in sets for sample in one.samples]
+    whose = [repr((one.shard, one.index)).encode() for one in samples]
+    parts = {
+        "data": [*(one.targets_NDK.tobytes() for one in sets), *whose],
+        "prompts": [repr((one.prompt, one.group)).encode() for one in samples],
+        "pictures": [place.sha256.encode() for one in sets for place in one.places],
+    }
+    if isinstance(targets, ToldTable):
+        told = [one for collate in collators for one in targets.outputs(collate)]
+        parts["reasonings"] = [repr((one.sample, one.dimension, one.written.tokens)).encode() for one in told]
+    return {name: hashlib.sha256(b"\n".join(some)).hexdigest() for name, some in parts.items()}
 
 
 def _final(policy: ScorePolicy, evaluate: Callable[[ScorePolicy], Mapping[str, float]] | None) -> Mapping[str, float]:
