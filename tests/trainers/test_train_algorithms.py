@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.command import zscore
 from tests.scores_factory import row, write_scores
 from tests.trainers import world_set
-from zscore.errors import TableError, UsageError
+from zscore.errors import ModelError, TableError, UsageError
 from zscore.shards import expand
 from zscore_trainers.algorithms import ALGORITHMS
 from zscore_trainers.annotations import BuildOptions, build, write
@@ -204,6 +204,16 @@ class TestRefusals:
     def test_opd_wants_a_teacher(self, world, talker, tmp_path):
         with pytest.raises(UsageError, match="opd: --teacher names"):
             train(options(world, talker, tmp_path / "run", "opd", teacher=None), recipe("opd"))
+
+    def test_a_teacher_with_other_tokens(self, world, talker, tmp_path):
+        shutil.copytree(talker, tmp_path / "teacher")
+        tokenizer = json.loads((talker / "tokenizer.json").read_text())
+        words = tokenizer["model"]["vocab"]
+        words["4"], words["5"] = words["5"], words["4"]
+        (tmp_path / "teacher" / "tokenizer.json").write_text(json.dumps(tokenizer))
+        changed = options(world, talker, tmp_path / "run", "opd", teacher=str(tmp_path / "teacher"))
+        with pytest.raises(ModelError, match=r"opd: token '[45]' is \d+ to the student, \d+ to"):
+            train(changed, recipe("opd"))
 
     def test_pairs_want_candidates(self, world, talker, tmp_path):
         table = pl.read_parquet(world / "annotated" / "annotations.parquet").unique("prompt", keep="first")
