@@ -36,6 +36,11 @@ class TextTokenizer:
         spec.update({name: _unprefixed(spec.get(name)) for name in ("normalizer", "pre_tokenizer")})
         self._tokenizer = Tokenizer.from_str(json.dumps(spec))
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of all tokens, the added ones too."""
+        return self._tokenizer.get_vocab() | self.added
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text; none of them is an added token.
 

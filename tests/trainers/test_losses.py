@@ -277,12 +277,16 @@ def test_risd_by_finite_differences_and_through_the_kernel():
     from zscore_kernels import score_head_kl
 
     torch.manual_seed(3)
-    hidden, weight = torch.randn(4, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    hidden = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(4, 9, dtype=torch.float64).softmax(-1)
-    logits = (hidden @ weight.T).requires_grad_()
-    assert gradcheck(lambda z: losses.risd_loss(teacher, z), logits)
+    assert gradcheck(lambda z: losses.risd_loss(teacher, z), (hidden @ weight.T).detach().requires_grad_())
+    wanted = losses.risd_loss(teacher, hidden @ weight.T)
     fused = score_head_kl(hidden.float(), weight.float(), teacher.float())
-    assert float(fused.mean()) == pytest.approx(float(losses.risd_loss(teacher, logits).detach()), abs=1e-5)
+    assert float(fused.detach()) == pytest.approx(float(wanted.detach()), abs=1e-5)
+    gradients = zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (wanted, fused)), strict=True)
+    for mine, theirs in gradients:
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_opd():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +13,17 @@ import pytest
 import torch
 
 from tests.trainers import world_set
+from zscore.checkpoint import read_checkpoint
+from zscore.demo.student import untrained_student
 from zscore.engines.generate import GenerateConfig, open_generator
-from zscore.errors import SampleError, UsageError
+from zscore.errors import ModelError, SampleError, UsageError
 from zscore.reasoning import finder
 from zscore.records import Failure, Status
 from zscore_trainers.data import Order
 from zscore_trainers.engine import Engine, EngineConfig
 from zscore_trainers.gdso import Gdso, GdsoConfig
 from zscore_trainers.grpo import Grpo, GrpoConfig, Sampled
-from zscore_trainers.opd import Opd, OpdConfig
+from zscore_trainers.opd import Opd, OpdConfig, check_teacher
 from zscore_trainers.pairs import Pair, make_pairs
 from zscore_trainers.reference import Reference
 from zscore_trainers.rollouts import Rollouts, Sampling, rollout_seed
@@ -396,3 +400,50 @@ class TestOpd:
         two = Sampling(collator=sampling.collator, rollouts=sampling.rollouts, values=RUBRIC.values, ranks=3)
         with pytest.raises(ValueError, match="a batch of 4 can't be shared by 3 ranks"):
             self.opd(two, world_set.load(model))
+
+
+class TestTeacher:
+    def other(self, tmp_path, file, change):
+        """A copy of the student without its weights, with one of its files changed."""
+        folder = tmp_path / "teacher"
+        shutil.copytree(untrained_student(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        found = json.loads((folder / file).read_text())
+        change(found)
+        (folder / file).write_text(json.dumps(found, indent=1))
+        return read_checkpoint(str(folder))
+
+    def check(self, teacher):
+        check_teacher(teacher, read_checkpoint(str(untrained_student())), RUBRIC)
+
+    @pytest.mark.parametrize("words", [["1", "2"], ["Ġs", "re"]])
+    def test_whose_tokens_have_other_numbers(self, tmp_path, words):
+        def swap(found):
+            vocabulary = found["model"]["vocab"]
+            one, two = words
+            vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+
+        with pytest.raises(ModelError, match=r"opd: token .* is \d+ to the student, \d+ to .*teacher: give --teacher"):
+            self.check(self.other(tmp_path, "tokenizer.json", swap))
+
+    def test_who_lacks_a_token(self, tmp_path):
+        teacher = self.other(tmp_path, "tokenizer.json", lambda found: found["added_tokens"].pop())
+        with pytest.raises(ModelError, match=r"opd: token '<.*>' is \d+ to the student, nothing to"):
+            self.check(teacher)
+
+    def test_who_cuts_texts_up_otherwise(self, tmp_path):
+        teacher = self.other(tmp_path, "tokenizer.json", lambda found: found["model"].update(merges=[]))
+        with pytest.raises(ModelError, match=r"opd: the text 'Naïve: .*' becomes \["):
+            self.check(teacher)
+
+    @pytest.mark.parametrize("change", [{"patch_size": 14}, {"image_mean": [0.4, 0.4, 0.4]}])
+    def test_who_cuts_pictures_up_otherwise(self, tmp_path, change):
+        teacher = self.other(tmp_path, "preprocessor_config.json", lambda found: found.update(change))
+        with pytest.raises(ModelError, match="reads pictures with patch, merge, scaling"):
+            self.check(teacher)
+
+    def test_who_knows_more_tokens(self, tmp_path):
+        def more(found):
+            last = found["added_tokens"][-1]
+            found["added_tokens"].append(last | {"content": "<|new|>", "id": last["id"] + 1})
+
+        self.check(self.other(tmp_path, "tokenizer.json", more))

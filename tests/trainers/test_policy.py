@@ -8,7 +8,7 @@ import torch
 
 from tests.engines.vllm_prompts import LEVEL_IDS, joint
 from zscore.demo.student import untrained_student
-from zscore_trainers.policy import PolicyBatch, ScorePolicy, find_score
+from zscore_trainers.policy import PolicyBatch, ScorePolicy
 from zscore_trainers.vocabulary import log_partition, token_logprobs
 
 
@@ -174,23 +174,3 @@ def test_distillation_and_mass_at_every_probe(model):
     torch.testing.assert_close(found.divergence, divergence, rtol=1e-4, atol=1e-5)
     mass = at_probes.softmax(-1)[..., list(LEVEL_IDS)].sum(-1).log()
     torch.testing.assert_close(found.log_mass_BD, mass, rtol=1e-4, atol=1e-4)
-
-
-MARKER = [90, 91]
-
-
-@pytest.mark.parametrize(
-    ("output", "position"),
-    [
-        ([1, 2, 90, 91, 17], 4),
-        ([16, 17, 18, 90, 91, 20, 2], 5),  # digits in the reasoning
-        ([90, 91, 16, 5, 90, 91, 24], 6),  # a marker in the reasoning
-        ([90, 91, 16, 5, 90, 91], None),  # cut off at the last marker
-        ([90, 91, 5], None),  # no level behind it
-        ([16, 17, 18], None),
-        ([90, 16, 91], None),
-        ([], None),
-    ],
-)
-def test_the_score_is_behind_the_last_marker(output, position):
-    assert find_score(output, MARKER, LEVEL_IDS) == position

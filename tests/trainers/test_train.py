@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -21,6 +22,7 @@ from zscore.rubrics.rubric import load_rubric
 from zscore.scorer import Scorer
 from zscore.shards import expand
 from zscore_trainers.annotations import BuildOptions, build, write
+from zscore_trainers.data import TrainSet
 from zscore_trainers.held_out import HeldOut, is_held_out
 from zscore_trainers.pictures import collect
 from zscore_trainers.recipes import RECIPES, load_recipe, settings
@@ -71,7 +73,7 @@ class TestRun:
         assert trained.steps == len(steps) == 4
         assert trained.samples + trained.held_out == 16
         assert trained.held_out > 0
-        assert trained.left_out == 0
+        assert trained.left_out == {}
         assert [any(name.startswith("hpa") for name in found) for found in steps] == [False, True, False, True]
         assert set(trained.metrics) >= {"plcc_realism", "plcc_overall", "hpa_overall"}
 
@@ -87,8 +89,6 @@ class TestRun:
         policy = world_set.load(trained.model)
         with torch.no_grad():
             wanted = policy(collate(range(3))[0], with_logprobs=False).score_logits_BDK.softmax(-1).numpy()
-        import io
-
         from PIL import Image
 
         pictures = []
@@ -122,6 +122,56 @@ class TestRun:
             load_recipe("tiny", (*FAST, "steps=1")),
         )
         assert made.samples + made.held_out == 15
+        assert made.left_out == {"have no scores (bad_image)": 1}
+
+    def test_no_picture_has_a_label_on_every_dimension(self, world, tmp_path):
+        """All of them are trained and evaluated on, each on what it has."""
+        table = pl.read_parquet(world / "annotated" / "annotations.parquet").with_row_index("row")
+        first = pl.col("row") % 2 == 0
+        lacking = [
+            pl.when(first if number % 2 else ~first).then(name).alias(name) for number, name in enumerate(RUBRIC.names)
+        ]
+        table.with_columns(lacking).drop("row").write_parquet(tmp_path / "a.parquet")
+        recipe = load_recipe("tiny", (*FAST, "steps=2"))
+        made = train(options(world, tmp_path / "run", data=str(tmp_path / "a.parquet")), recipe)
+        assert made.samples + made.held_out == 16
+        assert made.left_out == {f"have no label on {name}, only on others": 8 for name in RUBRIC.names}
+        assert np.isfinite(made.metrics["plcc_overall"])
+        logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+        assert all(np.isfinite(row["loss"]) for row in logged)
+
+
+class TestResume:
+    @pytest.mark.parametrize("name", ["prompts", "pictures"])
+    def test_other_shards_of_the_same_names_are_refused(self, world, tmp_path, name):
+        """The same samples with another prompt, or with other bytes of a picture."""
+        recipe = load_recipe("tiny", (*FAST, "steps=1", "held_out=0"))
+        begun = options(world, tmp_path / "run")
+        train(begun, recipe)
+        (tmp_path / "other").mkdir()
+        ends, change = (".json", spoken_louder) if name == "prompts" else (".png", lambda data: data + b" ")
+        for shard in (world / "world").glob("*.tar"):
+            rewrite(shard, tmp_path / "other" / shard.name, ends, change)
+        other = dataclasses.replace(begun, shards=(str(tmp_path / "other"),), resume=True)
+        with pytest.raises(UsageError, match=f"was made with {name} = "):
+            train(other, recipe)
+        assert train(dataclasses.replace(begun, resume=True), recipe).steps == 1
+
+
+def spoken_louder(data):
+    """Metadata with another prompt."""
+    found = json.loads(data)
+    return json.dumps(found | {"prompt": found["prompt"] + "!"}).encode()
+
+
+def rewrite(shard, to, ends, change):
+    """A copy of a shard with some of its members changed."""
+    with tarfile.open(shard) as old, tarfile.open(to, "w") as new:
+        for member in old.getmembers():
+            data = old.extractfile(member).read()
+            data = change(data) if member.name.endswith(ends) else data
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
 
 
 class TestBrokenPictures:
@@ -142,7 +192,7 @@ class TestBrokenPictures:
     def test_they_are_counted_and_left_out(self, world, tmp_path):
         shards = self.broken(world, tmp_path / "broken", 2, 5)
         made = train(options(world, tmp_path / "run", shards=(shards,)), load_recipe("tiny", (*FAST, "steps=1")))
-        assert made.left_out == 2
+        assert made.left_out == {"have no readable picture and prompt in the shards": 2}
         assert made.samples + made.held_out == 14
 
     def test_none_that_can_be_read(self, world, tmp_path):
@@ -201,11 +251,24 @@ class TestTargets:
             ("a.tar", 2): [8] * 4,
         }
 
-    def test_a_picture_without_a_label_is_left_out(self, tmp_path):
-        assert set(read_targets(self.labels(tmp_path, realism=[1.0, None, 5.0]), RUBRIC)) == {
-            ("a.tar", 0),
-            ("a.tar", 2),
-        }
+    @pytest.mark.parametrize("nothing", [None, float("nan")])
+    def test_a_dimension_without_a_label_has_no_target(self, tmp_path, nothing):
+        found = read_targets(self.labels(tmp_path, realism=[1.0, nothing, 5.0]), RUBRIC)
+        assert list(found) == [("a.tar", 0), ("a.tar", 1), ("a.tar", 2)]
+        assert np.isnan(found["a.tar", 1]).all(-1).tolist() == [name == "realism" for name in RUBRIC.names]
+        assert np.isfinite(found["a.tar", 0]).all()
+        assert found.left_out == {"have no label on realism, only on others": 1}
+
+    def test_a_picture_without_any_label_is_left_out(self, tmp_path):
+        path = self.labels(tmp_path, **{name: [1.0, None, 5.0] for name in RUBRIC.names})
+        found = read_targets(path, RUBRIC)
+        assert set(found) == {("a.tar", 0), ("a.tar", 2)}
+        assert found.left_out == {"have no label on any dimension": 1}
+
+    def test_no_label_at_all(self, tmp_path):
+        path = self.labels(tmp_path, **{name: pl.Series([None] * 3, dtype=pl.Float64) for name in RUBRIC.names})
+        with pytest.raises(TableError, match="no sample to train on in its train split: 3 have no label on any dim"):
+            read_targets(path, RUBRIC)
 
     def test_another_scale_and_another_split(self, tmp_path):
         with pytest.raises(TableError, match=r"a label is outside 1 to 5: the labels are on another scale"):
@@ -220,6 +283,13 @@ class TestTargets:
         with pytest.raises(TableError, match="scored with rubric 'z-reward', whose dimensions or levels aren't"):
             read_targets(str(path), load_rubric("q-align"))
         assert read_targets(str(path), load_rubric("z-reward")).keys() == {(row(0).shard, 0)}
+
+    def test_rows_without_scores(self, tmp_path):
+        rows = [row(0, status="no_score"), row(1, status="no_score"), row(2, status="bad_image")]
+        path = str(write_scores(tmp_path / "scores.parquet", rows))
+        said = r"no sample to train on: 2 have no scores \(no_score\), 1 have no scores \(bad_image\)"
+        with pytest.raises(TableError, match=said):
+            read_targets(path, load_rubric("z-reward"))
 
 
 class TestRecipes:
@@ -287,6 +357,23 @@ class TestHeldOut:
         assert wrong["hpa_overall"] == 0
         assert wrong["plcc_realism"] == pytest.approx(-1, abs=1e-6)
 
+    def test_only_what_has_a_target_is_compared(self, world, tmp_path):
+        """The mean of a sample's dimensions is over those that have one, on both sides."""
+        full = world_set.world_set(tmp_path / "world", prompts=6)
+        targets = full.targets_NDK.copy()
+        targets[::2, 1], targets[1::2, 2], targets[:, 3] = np.nan, np.nan, np.nan
+        collate = world_set.collator(TrainSet(full.samples, full.places, targets), tmp_path / "world", world / "body")
+        collate.pictures.close()
+        mu_ND = (full.targets_NDK @ np.asarray(RUBRIC.values, np.float32)).astype(np.float32)
+        found = HeldOut(collate, RUBRIC.names, RUBRIC.values, 5)
+        right = found.agreement(mu_ND)
+        assert {name for name in right if name.startswith("plcc")} == {
+            "plcc_alignment", "plcc_realism", "plcc_aesthetics", "plcc_overall"
+        }  # fmt: skip
+        assert [value for value in right.values() if value != pytest.approx(1, abs=1e-6)] == []
+        other = np.where(np.isnan(targets).any(-1), 3, mu_ND)  # whatever it says where there is none
+        assert found.agreement(other) == right
+
 
 class TestCommands:
     def call(self, *arguments):
@@ -310,13 +397,16 @@ class TestCommands:
         assert made.exit_code == 0, made.output
         assert "16 pictures (0 for testing)" in made.output
         assert "rater0" in made.output
+        table = tmp_path / "annotated" / "annotations.parquet"
+        first = pl.int_range(pl.len()) == 0
+        pl.read_parquet(table).with_columns(pl.when(~first).then("realism").alias("realism")).write_parquet(table)
         changes = [part for change in (*FAST, "steps=1") for part in ("--set", change)]
         trained = self.call(
             "train",
             "sft",
             world / "world",
             "--data",
-            tmp_path / "annotated" / "annotations.parquet",
+            table,
             "--model",
             world / "body",
             "--out",
@@ -328,4 +418,5 @@ class TestCommands:
         assert trained.exit_code == 0, trained.output
         assert "hpa_overall" in trained.output
         assert "1 steps on" in trained.output
+        assert f"1 samples of {table} have no label on realism, only on others" in trained.output
         assert (tmp_path / "run" / "model" / "model.safetensors").exists()

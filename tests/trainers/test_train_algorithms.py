@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.command import zscore
 from tests.scores_factory import row, write_scores
 from tests.trainers import world_set
-from zscore.errors import TableError, UsageError
+from zscore.errors import ModelError, TableError, UsageError
 from zscore.shards import expand
 from zscore_trainers.algorithms import ALGORITHMS
 from zscore_trainers.annotations import BuildOptions, build, write
@@ -78,9 +79,21 @@ class TestRuns:
         assert about["layout"] == "reasoning"
         before = load_file(talker / "model.safetensors")
         assert any(not torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
+        assert {"plcc_overall", "hpa_overall"} <= set(made.metrics)
+        assert set(made.metrics) <= set(logged[1])
         if algorithm != "rewarddance":
             assert 0 <= made.metrics["held_out_valid"] <= 1
             assert {"valid", "loss"} <= set(logged[0])
+
+    def test_pairs_of_pictures_with_labels_on_some_dimensions(self, world, talker, tmp_path):
+        """A pair is about one dimension: it wants no label on the others."""
+        lacking = [pl.lit(None, pl.Float64).alias(name) for name in RUBRIC.names[1:]]
+        table = pl.read_parquet(world / "annotated" / "annotations.parquet").with_columns(lacking)
+        table.write_parquet(tmp_path / "a.parquet")
+        changed = options(world, talker, tmp_path / "run", "gdso", data=str(tmp_path / "a.parquet"))
+        made = train(changed, recipe("gdso", "steps=1"))
+        assert made.samples + made.held_out == table.height
+        assert made.left_out == {f"have no label on {name}, only on others": table.height for name in RUBRIC.names[1:]}
 
     @pytest.mark.vllm
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -166,9 +179,41 @@ class TestRefusals:
         train(again, recipe("rewarddance", "save_every=9"), on_restart=lambda: said.append("anew"))
         assert said == ["anew"]
 
+    def test_resuming_with_other_reasonings(self, world, talker, tmp_path):
+        lines = (world / "world" / "reasoning.jsonl").read_text().splitlines()
+        said = json.loads(lines[0])
+        lines[0] = json.dumps(said | {"reasoning": said["reasoning"] + " Really."})
+        (tmp_path / "r.jsonl").write_text("\n".join(lines))
+        first = options(world, talker, tmp_path / "run", "rewarddance")
+        train(first, recipe("rewarddance", "steps=1"))
+        other = dataclasses.replace(first, resume=True, data=str(tmp_path / "r.jsonl"))
+        with pytest.raises(UsageError, match="was made with reasonings = "):
+            train(other, recipe("rewarddance", "steps=1"))
+
+    def test_resuming_with_another_teacher(self, world, talker, tmp_path):
+        shutil.copytree(talker, tmp_path / "teacher")
+        changed = load_file(talker / "model.safetensors")
+        changed["model.language_model.norm.weight"] += 0.1
+        save_file(changed, tmp_path / "teacher" / "model.safetensors", {"format": "pt"})
+        first = options(world, talker, tmp_path / "run", "opd")
+        train(first, recipe("opd", "steps=1"))
+        other = dataclasses.replace(first, resume=True, teacher=str(tmp_path / "teacher"))
+        with pytest.raises(UsageError, match="was made with teacher = "):
+            train(other, recipe("opd", "steps=1"))
+
     def test_opd_wants_a_teacher(self, world, talker, tmp_path):
         with pytest.raises(UsageError, match="opd: --teacher names"):
             train(options(world, talker, tmp_path / "run", "opd", teacher=None), recipe("opd"))
+
+    def test_a_teacher_with_other_tokens(self, world, talker, tmp_path):
+        shutil.copytree(talker, tmp_path / "teacher")
+        tokenizer = json.loads((talker / "tokenizer.json").read_text())
+        words = tokenizer["model"]["vocab"]
+        words["4"], words["5"] = words["5"], words["4"]
+        (tmp_path / "teacher" / "tokenizer.json").write_text(json.dumps(tokenizer))
+        changed = options(world, talker, tmp_path / "run", "opd", teacher=str(tmp_path / "teacher"))
+        with pytest.raises(ModelError, match=r"opd: token '[45]' is \d+ to the student, \d+ to"):
+            train(changed, recipe("opd"))
 
     def test_pairs_want_candidates(self, world, talker, tmp_path):
         table = pl.read_parquet(world / "annotated" / "annotations.parquet").unique("prompt", keep="first")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from tests.trainers import world_set
 from zscore.errors import SampleError, UsageError, ZscoreError
+from zscore_trainers import losses
 from zscore_trainers.data import Order, TrainSet
 from zscore_trainers.engine import DONE, Engine, EngineConfig
 from zscore_trainers.risd import Risd, RisdConfig
@@ -79,7 +81,7 @@ class TestCollator:
     def test_a_sample_that_cannot_be_used_is_named(self, made):
         model, train, joint = made
         places = list(train.places)
-        places[2] = type(places[2])(places[2].start, 40)
+        places[2] = replace(places[2], size=40)
         broken = world_set.collator(
             TrainSet(train.samples, places, train.targets_NDK), joint.pictures.path.parent, model
         )
@@ -116,6 +118,29 @@ class TestRisd:
         assert (sum(halves) / 2 - wanted).norm() < 1e-4 * wanted.norm()
         with pytest.raises(ValueError, match="a batch of 5 can't be shared by 2 ranks"):
             risd(train, collate, batch=5, ranks=2)
+
+    @pytest.mark.parametrize("micro", [1, 4])
+    def test_a_dimension_without_a_target_teaches_nothing(self, made, micro):
+        """Every other one weighs as much as if it were there, whatever else is in the batch."""
+        model, train, joint = made
+        targets = train.targets_NDK.copy()
+        targets[::2, 1:3] = np.nan
+        partial = TrainSet(train.samples, train.places, targets)
+        collate = world_set.collator(partial, joint.pictures.path.parent, model)
+        policy = world_set.load(model)
+        with closing(collate.pictures):
+            order = Order(len(train.samples), 4)
+            config = RisdConfig(batch_size=4, micro_batch=micro, mass=0.0)
+            found = Risd(config, order, collate).backward(policy, 0)
+            mine = gradients(policy)
+            batch, targets_BDK = collate(order.share(0, 0, 1))
+        logits_BDK = policy(batch, with_logprobs=False).score_logits_BDK
+        known_BD = ~targets_BDK.isnan().any(-1)
+        assert not known_BD.all()
+        total = losses.risd_loss(targets_BDK[known_BD], logits_BDK[known_BD]) * known_BD.float().mean()
+        total.backward()
+        assert (mine - gradients(policy)).norm() < 1e-4 * mine.norm()
+        assert found["loss"] == pytest.approx(float(total.detach()), rel=1e-4)
 
     def test_the_loss_follows_the_device(self, made, monkeypatch):
         """Where the kernels are the choice of the device, they run, forward and backward: nothing picks a reference."""
@@ -160,6 +185,7 @@ from pathlib import Path
 from tests.conftest import pytest_configure
 pytest_configure()
 from tests.trainers import world_set
+from zscore_trainers import losses
 from zscore_trainers.data import Order
 from zscore_trainers.engine import Engine, EngineConfig
 from zscore_trainers.risd import Risd, RisdConfig

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
+from zscore.checkpoint import read_checkpoint
 from zscore.engines.generate import GenerateConfig, open_generator
 from zscore.errors import UsageError
 from zscore.reasoning import finder
 from zscore_trainers.data import Order
 from zscore_trainers.gdso import Gdso, GdsoConfig
 from zscore_trainers.grpo import Grpo, GrpoConfig
-from zscore_trainers.opd import Opd, OpdConfig
+from zscore_trainers.opd import Opd, OpdConfig, check_teacher
 from zscore_trainers.pairs import make_pairs
 from zscore_trainers.reference import Reference
 from zscore_trainers.rewarddance import RewardDance, RewardDanceConfig
@@ -108,6 +109,7 @@ def _grpo(setup: Setup) -> Algorithm:
 def _opd(setup: Setup) -> Algorithm:
     if setup.teacher is None:
         raise UsageError("opd: --teacher names the checkpoint that says how likely it finds the student's words")
+    check_teacher(read_checkpoint(setup.teacher), read_checkpoint(str(setup.model)), setup.rubric)
     dimensions = len(setup.rubric.names)
     order = setup.order(dimensions * len(setup.collator.train.samples))
     return Opd(setup.config, order, dimensions, setup.sampling(), setup.load(setup.teacher))

@@ -15,10 +15,11 @@ from scipy import stats
 
 from zscore.agreement import accuracies, count_pairs
 from zscore_trainers import parallel
+from zscore_trainers.rewarddance import told_batch
 from zscore_trainers.rollouts import rollout_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from zscore.records import EnginePrompt, Sample
     from zscore_trainers.data import Collator
     from zscore_trainers.policy import ScorePolicy
+    from zscore_trainers.rewarddance import Told
     from zscore_trainers.rollouts import Rollouts
 
 
@@ -63,35 +65,74 @@ class HeldOut:
         return self.agreement(self._means(policy))
 
     def agreement(self, mu_ND: NDArray[np.float32]) -> Mapping[str, float]:
-        """Of expected scores with the targets'; scores that are all alike agree with nothing: a PLCC of 0."""
+        """Of expected scores with the targets', where there are any; scores that are all alike have a PLCC of 0."""
         result = {}
+        known_ND = ~np.isnan(self._wanted_ND)
         for column, name in enumerate((*self.names, "overall")):
-            mine, wanted = (_column(values, column) for values in (mu_ND, self._wanted_ND))
+            some_N = known_ND.any(1) if column == len(self.names) else known_ND[:, column]
+            if not some_N.any():
+                continue
+            mine, wanted = (_column(values[some_N], column, known_ND[some_N]) for values in (mu_ND, self._wanted_ND))
             if np.ptp(wanted) > 0:
                 result[f"plcc_{name}"] = float(stats.pearsonr(mine, wanted).statistic) if np.ptp(mine) > 0 else 0.0
-            accuracy = _accuracy(mine, wanted, self._group_N)
+            accuracy = _accuracy(mine, wanted, self._group_N[some_N])
             if accuracy is not None:
                 result[f"hpa_{name}"] = accuracy
         return result
 
     def _means(self, policy: ScorePolicy) -> NDArray[np.float32]:
-        """Means of all samples, on every rank.
-
-        Ranks take turns with the batches. Where these don't come out even some repeat the last one, whose result they
-        drop: each forward pass needs all ranks, for each holds a share of the weights.
-        """
+        """Means of all samples, on every rank."""
         device = next(policy.parameters()).device
-        count, ranks = len(self._group_N), parallel.ranks()
-        mu_ND = torch.zeros(count, len(self.names))
-        batches = -(-count // self._batch)
-        for turn in range(-(-batches // ranks)):
-            number = turn * ranks + parallel.rank()
-            start = min(number, batches - 1) * self._batch
-            end = min(start + self._batch, count)
-            batch, _ = self._collate(range(start, end))
+        mu_ND = torch.zeros(len(self), len(self.names))
+        for some, counts in turns(len(self), self._batch):
+            batch, _ = self._collate(some)
             probs_BDK = policy(batch.to(device), with_logprobs=False).score_logits_BDK.softmax(-1)
-            if number < batches:
-                mu_ND[start:end] = (probs_BDK.cpu() @ self._values).reshape(-1, len(self.names))
+            if counts:
+                mu_ND[some.start : some.stop] = (probs_BDK.cpu() @ self._values).reshape(-1, len(self.names))
+        return parallel.summed(mu_ND).numpy()
+
+
+def turns(count: int, batch: int) -> Iterator[tuple[range, bool]]:
+    """This rank's batches, and whether each counts.
+
+    Ranks take turns with the batches. Where these don't come out even some repeat the last one, whose result they
+    drop: each forward pass needs all ranks, for each holds a share of the weights.
+    """
+    ranks, batches = parallel.ranks(), -(-count // batch)
+    for turn in range(-(-batches // ranks)):
+        number = turn * ranks + parallel.rank()
+        start = min(number, batches - 1) * batch
+        yield range(start, min(start + batch, count)), number < batches
+
+
+class HeldOutTold:
+    """The same where reasonings are given: each score is read behind the given one, and nothing is written.
+
+    It tells how well scores follow from what is said; what the policy would say by itself it doesn't.
+    """
+
+    def __init__(self, direct: HeldOut, collator: Collator, told: Sequence[Told], batch: int) -> None:
+        self._direct = direct
+        self._collator = collator
+        self._told = told
+        self._batch = batch
+
+    def __call__(self, policy: ScorePolicy) -> Mapping[str, float]:
+        """PLCC and pair accuracy; on all ranks, which share the work."""
+        return self._direct.agreement(self.means(policy))
+
+    @torch.no_grad()
+    def means(self, policy: ScorePolicy) -> NDArray[np.float32]:
+        """Expected scores of all samples, (N, D), on every rank; 0 where nothing is said."""
+        device = next(policy.parameters()).device
+        mu_ND = torch.zeros(len(self._direct), len(self._direct.names))
+        for numbers, counts in turns(len(self._told), self._batch):
+            some = self._told[numbers.start : numbers.stop]
+            batch = told_batch(self._collator, some).policy
+            probs_BK = policy(batch.to(device), with_logprobs=False).score_logits_BDK[:, 0].softmax(-1)
+            if counts:
+                places = [one.sample for one in some], [one.dimension for one in some]
+                mu_ND[places] = probs_BK.cpu() @ torch.tensor(self._direct.values)
         return parallel.summed(mu_ND).numpy()
 
 
@@ -128,8 +169,10 @@ def _group(sample: Sample) -> str:
     return sample.group or sample.prompt
 
 
-def _column(values_ND: NDArray[np.float32], column: int) -> NDArray[np.float64]:
-    chosen = values_ND.mean(1) if column == values_ND.shape[1] else values_ND[:, column]
+def _column(values_ND: NDArray[np.float32], column: int, known_ND: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Of a dimension; behind the last one, the mean of each sample's known dimensions."""
+    overall = column == values_ND.shape[1]
+    chosen = values_ND.mean(1, where=known_ND) if overall else values_ND[:, column]
     return chosen.astype(np.float64).round(6)
 
 

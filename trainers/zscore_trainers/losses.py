@@ -171,7 +171,8 @@ def kl_penalty(logprob_NT: Tensor, reference_NT: Tensor, mask_NT: Tensor, estima
 def risd_loss(teacher_NK: Tensor, logits_NK: Tensor) -> Tensor:
     """Eq. 15: KL(teacher || student) over the levels; a scalar.
 
-    `zscore_kernels.score_head_kl` computes the same from hidden states in one launch.
+    The reference form: training takes `zscore_kernels.score_head_kl`, which computes the same from hidden states in
+    one launch and is tested against this one, value and gradients.
     """
     entropy_N: Tensor = torch.special.entr(teacher_NK).sum(-1)
     cross_N = -(teacher_NK * logits_NK.log_softmax(-1)).sum(-1)

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from zscore.checkpoint import read_normalization
+from zscore.errors import ModelError
+from zscore.text_tokenizer import TextTokenizer
 from zscore_trainers import losses
 from zscore_trainers.checks import check_least, check_one_of
 from zscore_trainers.rollouts import by_length, rollout_seed
@@ -22,9 +25,39 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from zscore.checkpoint import Checkpoint
+    from zscore.rubrics.rubric import Rubric
     from zscore_trainers.data import Order
     from zscore_trainers.policy import ScorePolicy
     from zscore_trainers.rollouts import Rollout, Sampling
+
+
+PROBE = "Naïve: 4.5 of 5, isn't it?\n\n\t„3×3“ = 9; 日本語 🙂 a_b-c  12345 "
+"""A text that tokenizers of one vocabulary but other rules cut up differently."""
+
+
+def check_teacher(teacher: Checkpoint, student: Checkpoint, rubric: Rubric) -> None:
+    """Refuse a teacher to whom the student's tokens or patches are something else.
+
+    It may know more tokens than the student, for these are never written.
+
+    Raises:
+        ModelError: names the first difference.
+    """
+    theirs, mine = TextTokenizer(teacher.path), TextTokenizer(student.path)
+    known = theirs.vocabulary
+    other = next((word for word, number in mine.vocabulary.items() if known.get(word) != number), None)
+    fix = "give --teacher a checkpoint of the student's family"
+    if other is not None:
+        ids = f"{mine.vocabulary[other]} to the student, {known.get(other, 'nothing')} to {teacher.id}"
+        raise ModelError(f"opd: token {other!r} is {ids}: {fix}")
+    for text in (*(level.token for level in rubric.levels), PROBE):
+        if mine.encode(text) != theirs.encode(text):
+            ids = f"{mine.encode(text)[:8]} to the student, {theirs.encode(text)[:8]} to {teacher.id}"
+            raise ModelError(f"opd: the text {text[:16]!r} becomes {ids}: {fix}")
+    cut, wanted = ((one.patch, one.merge, read_normalization(one.path)) for one in (teacher, student))
+    if cut != wanted:
+        raise ModelError(f"opd: {teacher.id} reads pictures with patch, merge, scaling {cut}, not {wanted}: {fix}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +90,7 @@ class Opd:
         order: over the questions: sample x dimension.
         dimensions: of the rubric.
         sampling: where outputs come from.
-        teacher: with the student's tokenizer; frozen.
+        teacher: one that `check_teacher` takes; frozen.
     """
 
     def __init__(

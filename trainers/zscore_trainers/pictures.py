@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from zscore.images import decode, load
@@ -29,6 +30,8 @@ class Place:
 
     start: int
     size: int
+    sha256: str
+    """Of the bytes."""
 
 
 class PictureFile:
@@ -66,9 +69,9 @@ def collect(
                 if not wants(sample):
                     continue
                 failure = sample.failure or _unreadable(sample.image)
-                place = Place(file.tell(), 0 if failure else len(sample.image))
-                if failure is None:
-                    file.write(sample.image)
+                image = b"" if failure else sample.image
+                place = Place(file.tell(), len(image), sha256(image).hexdigest())
+                file.write(image)
                 found.append((replace(sample, image=b"", failure=failure), place))
     return found
 

@@ -142,23 +142,3 @@ class ScorePolicy(nn.Module):
         )
         hidden_BTH: Tensor = output.last_hidden_state
         return hidden_BTH
-
-
-def find_score(output: Sequence[int], marker: Sequence[int], level_token_ids: Sequence[int]) -> int | None:
-    """Where an output's score token stands: behind the last marker that ends the reasoning.
-
-    Args:
-        output: token ids that the model wrote.
-        marker: token ids of what comes before the score, like `Score:`.
-        level_token_ids: tokens that are scores.
-
-    Returns:
-        The position, or None where there is no marker, or no level token behind the last one. Digits and markers
-        inside the reasoning don't count.
-    """
-    width = len(marker)
-    for start in range(len(output) - width, -1, -1):
-        if list(output[start : start + width]) == list(marker):
-            at = start + width
-            return at if at < len(output) and output[at] in level_token_ids else None
-    return None

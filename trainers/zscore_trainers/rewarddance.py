@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from zscore_trainers.data import Collator, Order
     from zscore_trainers.policy import ScorePolicy
-    from zscore_trainers.sequences import Written
+    from zscore_trainers.sequences import OutputBatch, Written
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,14 @@ class Told:
     """Of the collator's set."""
     dimension: int
     written: Written
+
+
+def told_batch(collator: Collator, some: Sequence[Told]) -> OutputBatch:
+    """Questions of the collator's set with their given outputs."""
+    prompts = collator.prompts([one.sample for one in some])
+    return collate(
+        collator.pad, [(found[one.dimension], one.written) for found, one in zip(prompts, some, strict=True)]
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +83,7 @@ class RewardDance:
         total = 0.0
         for start in range(0, len(mine), self._config.micro_batch):
             some = mine[start : start + self._config.micro_batch]
-            prompts = self._collator.prompts([one.sample for one in some])
-            pairs = [(found[one.dimension], one.written) for found, one in zip(prompts, some, strict=True)]
-            batch = collate(self._collator.pad, pairs)
+            batch = told_batch(self._collator, some)
             found = policy(batch.policy.to(device))
             output_BT = batch.output_BT.to(device)
             mean_B = (found.logprob_BT * output_BT).sum(-1) / output_BT.sum(-1)

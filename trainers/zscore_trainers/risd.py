@@ -5,6 +5,8 @@ the teacher in memory. With distributions made from people's labels (`zscore_tra
 loss is the cross-entropy of eq. 8: direct supervised fine-tuning, the baseline.
 
 The loss is eq. 15 plus `mass` x the negative log of the share that lies on the level tokens, which eq. 15 doesn't see.
+A dimension without a target (NaN) adds nothing to eq. 15, whose mean is still over all of them: so a label weighs the
+same whatever else is in the batch, and on whichever rank.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Risd:
         found = policy(
             batch.to(device),
             with_logprobs=False,
-            teacher_BDK=teacher_BDK.to(device),
+            teacher_BDK=teacher_BDK.nan_to_num(0.0).to(device),  # no mass, no gradient
             with_mass=self._config.mass > 0,
         )
         if found.log_mass_BD is None:

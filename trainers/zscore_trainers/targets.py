@@ -13,6 +13,8 @@ from zscore.tables import is_ok, open_scores
 from zscore_trainers.losses import label_targets
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from numpy.typing import NDArray
 
     from zscore.records import Sample
@@ -20,7 +22,16 @@ if TYPE_CHECKING:
 
 
 class Targets(dict[tuple[str, int], "NDArray[np.float32]"]):
-    """(shard, index) → distributions, (D, K)."""
+    """(shard, index) → distributions, (D, K); NaN where a dimension has no label.
+
+    Args:
+        found: all of them.
+        left_out: what the table lacks: how many samples, by what is wrong with them.
+    """
+
+    def __init__(self, found: Iterable[tuple[tuple[str, int], NDArray[np.float32]]], left_out: dict[str, int]) -> None:
+        super().__init__(found)
+        self.left_out = {reason: count for reason, count in left_out.items() if count}
 
     def __contains__(self, sample: object) -> bool:
         """Whether there is a target for a sample, or for a (shard, index)."""
@@ -39,6 +50,8 @@ Kind = Literal["labels", "scores", "either"]
 def read_targets(source: str, rubric: Rubric, split: str = "train", *, kind: Kind = "either") -> Targets:
     """Targets of a table: `annotations.parquet` (labels, only those of `split`), or a teacher's scores (all ok rows).
 
+    A sample with a label on some dimensions has targets on those; one without any is left out.
+
     Raises:
         TableError: neither, or not of the wanted kind; another rubric's scores; labels beyond the scale; nothing in it.
     """
@@ -50,7 +63,9 @@ def read_targets(source: str, rubric: Rubric, split: str = "train", *, kind: Kin
         raise TableError(f"{source} holds a model's scores; people's labels (annotations.parquet) are wanted")
     targets = _from_scores(source, rubric) if found is None else _from_labels(found, rubric, split, source)
     if not targets:
-        raise TableError(f"{source} has no sample to train on{'' if found is None else f' in its {split} split'}")
+        why = ", ".join(f"{count} {reason}" for reason, count in targets.left_out.items())
+        where = "" if found is None else f" in its {split} split"
+        raise TableError(f"{source} has no sample to train on{where}{f': {why}' if why else ''}")
     return targets
 
 
@@ -67,13 +82,21 @@ def _from_labels(frame: pl.DataFrame, rubric: Rubric, split: str, source: str) -
     missing = [name for name in rubric.names if name not in frame.columns]
     if missing:
         raise TableError(f"{source} has no labels of '{missing[0]}', which rubric '{rubric.name}' has")
-    complete = frame.filter(pl.col("split") == split).drop_nulls(rubric.names)
-    labels_ND = torch.from_numpy(complete.select(rubric.names).cast(pl.Float64).to_numpy())
+    rows = frame.filter(pl.col("split") == split)
+    labels_ND = rows.select(pl.col(rubric.names).cast(pl.Float64)).to_numpy()
+    known_ND = ~np.isnan(labels_ND)
+    values_K = torch.tensor(rubric.values, dtype=torch.float64)
     try:
-        targets_NDK = label_targets(labels_ND, torch.tensor(rubric.values, dtype=torch.float64))
+        targets_NDK = label_targets(torch.from_numpy(np.where(known_ND, labels_ND, rubric.values[0])), values_K).numpy()
     except ValueError as error:
         raise TableError(f"{source}: {error}: the labels are on another scale than rubric '{rubric.name}'") from error
-    return _keyed(complete, targets_NDK.numpy())
+    targets_NDK[~known_ND] = np.nan
+    some_N = known_ND.any(1)
+    lacking_D = (~known_ND[some_N]).sum(0).tolist()
+    left_out = {"have no label on any dimension": int((~some_N).sum())} | {
+        f"have no label on {name}, only on others": count for name, count in zip(rubric.names, lacking_D, strict=True)
+    }
+    return Targets(_keyed(rows.filter(pl.Series(some_N)), targets_NDK[some_N]), left_out)
 
 
 def _from_scores(source: str, rubric: Rubric) -> Targets:
@@ -86,14 +109,19 @@ def _from_scores(source: str, rubric: Rubric) -> Targets:
     columns = [f"{name}_probs" for name in rubric.names]
     scores.require("shard", "index", *columns)
     frame = scores.frame.filter(is_ok()).select("shard", "index", *columns).collect()
+    failed = scores.frame.filter(~is_ok()).group_by("status").len().sort("len", descending=True).collect()
+    left_out = {f"have no scores ({status})": count for status, count in failed.iter_rows()}
+    if not frame.height:
+        return Targets((), left_out)
     probs_NDK = np.stack([np.array(frame[name].to_list(), dtype=np.float64) for name in columns], 1)
     if not np.isfinite(probs_NDK).all():
         raise TableError(f"{source} has distributions that aren't finite: score those rows again")
-    return _keyed(frame, probs_NDK / probs_NDK.sum(-1, keepdims=True))
+    return Targets(_keyed(frame, probs_NDK / probs_NDK.sum(-1, keepdims=True)), left_out)
 
 
-def _keyed(frame: pl.DataFrame, targets_NDK: NDArray[np.float64]) -> Targets:
+def _keyed(
+    frame: pl.DataFrame, targets_NDK: NDArray[np.float64]
+) -> Iterator[tuple[tuple[str, int], NDArray[np.float32]]]:
     places = zip(frame["shard"].cast(pl.String).to_list(), frame["index"].to_list(), strict=True)
-    return Targets(
-        ((shard, int(index)), one.astype(np.float32)) for (shard, index), one in zip(places, targets_NDK, strict=True)
-    )
+    for (shard, index), one in zip(places, targets_NDK, strict=True):
+        yield (shard, int(index)), one.astype(np.float32)

@@ -17,7 +17,7 @@ from zscore_trainers.rewarddance import Told
 from zscore_trainers.sequences import given
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -37,9 +37,12 @@ class Words:
 class ToldTable:
     """All of a file, by sample; `in` tells whether something is said of it."""
 
-    def __init__(self, words: dict[object, dict[int, Words]], rubric: Rubric) -> None:
+    def __init__(self, words: dict[object, dict[int, Words]], rubric: Rubric, source: str) -> None:
         self._words = words
         self._rubric = rubric
+        self._source = source
+        self.left_out: dict[str, int] = {}
+        """Nothing: a line that can't be used is an error."""
 
     def __len__(self) -> int:
         return len(self._words)
@@ -49,6 +52,25 @@ class ToldTable:
 
     def _of(self, sample: Sample) -> dict[int, Words] | None:
         return self._words.get((sample.shard, sample.index)) or self._words.get(sample.key)
+
+    def check(self, samples: Iterable[Sample]) -> None:
+        """Refuse lines that may be about several of all samples of the shards.
+
+        Raises:
+            TableError: names the key and two of its samples.
+        """
+        first: dict[str, Sample] = {}
+        for sample in samples:
+            if sample.key not in self._words:
+                continue
+            here = f"sample {sample.index} of {sample.shard}"
+            if (sample.shard, sample.index) in self._words:
+                both = f"has lines by its key '{sample.key}' and by its shard and index"
+                raise TableError(f"{self._source}: {here} {both}: give all of them shard and index")
+            other = first.setdefault(sample.key, sample)
+            if other is not sample:
+                whose = f"key '{sample.key}' is of sample {other.index} of {other.shard} and {here}"
+                raise TableError(f"{self._source}: {whose}: give shard and index in its lines")
 
     def target(self, sample: Sample) -> NDArray[np.float32]:
         """All mass on the given levels, (D, K); NaN where nothing is said of a dimension."""
@@ -92,7 +114,7 @@ def read_told(source: str, rubric: Rubric) -> ToldTable:
         words[sample][dimension] = found
     if not words:
         raise TableError(f"{source} is empty: nothing to train on")
-    return ToldTable(words, rubric)
+    return ToldTable(words, rubric, source)
 
 
 def _nearest(score: float, values: Sequence[float]) -> int:

@@ -30,13 +30,13 @@ from zscore_trainers.algorithms import Choice, Setup, chosen
 from zscore_trainers.data import Collator, TrainSet
 from zscore_trainers.engine import Engine, deciding
 from zscore_trainers.export import export
-from zscore_trainers.held_out import HeldOut, HeldOutReasoning, is_held_out
+from zscore_trainers.held_out import HeldOut, HeldOutReasoning, HeldOutTold, is_held_out
 from zscore_trainers.lora import add_adapters
 from zscore_trainers.pictures import PictureFile, collect
 from zscore_trainers.policy import ScorePolicy
 from zscore_trainers.recipes import for_algorithm
 from zscore_trainers.targets import read_targets
-from zscore_trainers.told import read_told
+from zscore_trainers.told import ToldTable, read_told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from zscore_trainers.pictures import Place
     from zscore_trainers.recipes import Recipe
     from zscore_trainers.targets import Targets
-    from zscore_trainers.told import ToldTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +75,8 @@ class Trained:
     steps: int
     samples: int
     held_out: int
-    left_out: int
-    """Samples of the table whose picture or text can't be read, or that the shards don't hold."""
+    left_out: Mapping[str, int]
+    """Samples of the table that aren't learned from, or not whole: how many, by what is wrong with them."""
     metrics: Mapping[str, float]
     """Agreement on the held-out prompts at the end."""
 
@@ -120,11 +119,11 @@ def train(
         policy = _policy(checkpoint, builder, recipe, device)
         with closing(PictureFile(options.out / "pictures.bin")) as pictures, ExitStack() as stack:
             collators = _collators(data, pictures, checkpoint, builder, recipe)
-            settings = _settings(options, recipe, rubric, collators)
+            settings = _settings(options, recipe, rubric, collators, targets)
             load = partial(_other_policy, checkpoint, builder, recipe, device)
             algorithm = choice.make(_setup(options, recipe, collators[0], targets, load))
             stack.callback(_release, algorithm)  # last of all: vLLM takes every process group with it
-            evaluate = _held_out(collators, rubric, recipe, algorithm)
+            evaluate = _held_out(collators, targets, recipe, algorithm)
             engine = Engine(policy, algorithm, recipe.engine, options.out, settings)
             if options.resume and not engine.resume() and on_restart is not None and parallel.rank() == 0:
                 on_restart()
@@ -165,8 +164,8 @@ class _Data:
 
     train: TrainSet
     held_out: TrainSet | None
-    left_out: int
-    """Samples of the table that are in neither."""
+    left_out: Mapping[str, int]
+    """Samples of the table that are in neither, or not whole, by what is wrong with them."""
 
 
 def _targets(options: TrainOptions, choice: Choice, rubric: Rubric) -> Targets | ToldTable:
@@ -199,6 +198,8 @@ def _read_data(options: TrainOptions, recipe: Recipe, targets: Targets | ToldTab
     """Copy the pictures, and share the samples out between training and evaluation."""
     _prepare_folder(options)
     found = collect(expand(options.shards), options.out / "pictures.bin", targets.__contains__)
+    if isinstance(targets, ToldTable):
+        targets.check(sample for sample, _ in found)
     good = [(sample, place) for sample, place in found if sample.failure is None]
     bad = [f"'{sample.key}' of {sample.shard}: {sample.failure.error}" for sample, _ in found if sample.failure]
     if bad and not good:
@@ -209,7 +210,10 @@ def _read_data(options: TrainOptions, recipe: Recipe, targets: Targets | ToldTab
     rest = [pair for pair in good if not is_held_out(pair[0].prompt, recipe.held_out)]
     if not rest:
         raise UsageError(f"all {len(good)} samples are held out: lower held_out (now {recipe.held_out})")
-    return _Data(_train_set(rest, targets), _train_set(held, targets) if held else None, len(targets) - len(good))
+    left_out = dict(targets.left_out)
+    if len(good) < len(targets):
+        left_out["have no readable picture and prompt in the shards"] = len(targets) - len(good)
+    return _Data(_train_set(rest, targets), _train_set(held, targets) if held else None, left_out)
 
 
 def _train_set(pairs: Sequence[tuple[Sample, Place]], targets: Targets | ToldTable) -> TrainSet:
@@ -232,16 +236,17 @@ def _collators(
 
 
 def _held_out(
-    collators: Sequence[Collator], rubric: Rubric, recipe: Recipe, algorithm: Algorithm
+    collators: Sequence[Collator], targets: Targets | ToldTable, recipe: Recipe, algorithm: Algorithm
 ) -> Callable[[ScorePolicy], Mapping[str, float]] | None:
-    """What evaluates on the held-out prompts; a policy that reasons needs the algorithm's rollouts for it."""
+    """What evaluates on the held-out prompts; a policy that reasons needs given reasonings for it, or rollouts."""
     if len(collators) == 1:
         return None
-    direct = HeldOut(collators[1], rubric.names, rubric.values, recipe.algorithm.micro_batch)
-    if recipe.layout != "reasoning":
-        return direct
+    rubric, size = load_rubric(recipe.rubric), recipe.algorithm.micro_batch
+    direct = HeldOut(collators[1], rubric.names, rubric.values, size)
+    if isinstance(targets, ToldTable):
+        return HeldOutTold(direct, collators[1], targets.outputs(collators[1]), size)
     sampling = getattr(algorithm, "sampling", None)
-    return None if sampling is None else HeldOutReasoning(direct, sampling.rollouts)
+    return direct if sampling is None else HeldOutReasoning(direct, sampling.rollouts)
 
 
 def _policy(checkpoint: Checkpoint, builder: PromptBuilder, recipe: Recipe, device: torch.device) -> ScorePolicy:
@@ -294,20 +299,37 @@ def _release(algorithm: Algorithm) -> None:
 
 
 def _settings(
-    options: TrainOptions, recipe: Recipe, rubric: Rubric, collators: Sequence[Collator]
+    options: TrainOptions, recipe: Recipe, rubric: Rubric, collators: Sequence[Collator], targets: Targets | ToldTable
 ) -> Mapping[str, Any]:
-    """All that a checkpoint must share with the run that goes on from it."""
-    rows = hashlib.sha256()
-    for collate in collators:
-        rows.update(collate.train.targets_NDK.tobytes())
-        rows.update("\n".join(f"{one.shard} {one.index}" for one in collate.train.samples).encode())
+    """All that a checkpoint must share with the run that goes on from it.
+
+    Of models that is what `zscore.checkpoint.weights_hash` covers: every byte of the weights, of large ones the sizes
+    and evenly spaced samples.
+    """
     return {
         "algorithm": options.algorithm,
         "recipe": {**asdict(recipe), "engine": deciding(recipe.engine)},
         "rubric_hash": rubric.hash,
         "model": weights_hash(read_checkpoint(options.model).path),
-        "data": rows.hexdigest(),
+        "teacher": None if options.teacher is None else weights_hash(read_checkpoint(options.teacher).path),
+        **_data_hashes(collators, targets),
     }
+
+
+def _data_hashes(collators: Sequence[Collator], targets: Targets | ToldTable) -> dict[str, str]:
+    """Of targets and whose they are, prompts with groups, pictures as copied, and the tokens of given reasonings."""
+    sets = [one.train for one in collators]
+    samples = [sample for one in sets for sample in one.samples]
+    whose = [repr((one.shard, one.index)).encode() for one in samples]
+    parts = {
+        "data": [*(one.targets_NDK.tobytes() for one in sets), *whose],
+        "prompts": [repr((one.prompt, one.group)).encode() for one in samples],
+        "pictures": [place.sha256.encode() for one in sets for place in one.places],
+    }
+    if isinstance(targets, ToldTable):
+        told = [one for collate in collators for one in targets.outputs(collate)]
+        parts["reasonings"] = [repr((one.sample, one.dimension, one.written.tokens)).encode() for one in told]
+    return {name: hashlib.sha256(b"\n".join(some)).hexdigest() for name, some in parts.items()}
 
 
 def _final(policy: ScorePolicy, evaluate: Callable[[ScorePolicy], Mapping[str, float]] | None) -> Mapping[str, float]:

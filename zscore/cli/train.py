@@ -94,8 +94,8 @@ def train(
         return
     for name, value in made.metrics.items():
         typer.echo(f"{name:<20} {value:.3f}")
-    if made.left_out:
-        typer.echo(f"{made.left_out:,} samples of {data} have no readable picture and prompt in the shards")
+    for reason, count in made.left_out.items():
+        typer.echo(f"{count:,} samples of {data} {reason}")
     typer.echo(f"{made.steps:,} steps on {made.samples:,} samples: {made.model}")
 
 
