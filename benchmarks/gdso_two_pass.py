@@ -6,12 +6,12 @@ score gaps over all G x G cross pairs (eq. 11), and the policy gradient on the o
 
 Three ways to one gradient: `two_pass` over micro-batches of 8 of like lengths, as GDSO makes them; all sequences in one
 batch, padded to the longest, whose graph is held at once; and the same micro-batches with all their graphs held
-(`kept`), which shows what the batches' size and padding alone do to the time. They run in turn in one process, and each
-round gives a ratio; seconds of the process's processor stand beside the clock's, because others use the machine. Memory
-is that of tensors above what a resting process holds (parameters), gradients included, each way in a process of its own
-(see `_memory.py`).
+(`kept`), which shows what the batches' size and padding alone do to the time. They run in turn in one process, in one
+order and the other, and each round gives a ratio; seconds of the process's processor stand beside the clock's, because
+others use the machine. Memory is that of tensors above what a resting process holds (parameters), gradients included,
+each way in a process of its own (see `_memory.py`).
 
-    python benchmarks/gdso_two_pass.py [--pairs 4] [--micro-batch 8] [--rounds 7]
+    python benchmarks/gdso_two_pass.py [--pairs 4] [--micro-batch 8] [--rounds 8]
 """
 
 from __future__ import annotations
@@ -220,9 +220,18 @@ def times(problem: Problem, options: argparse.Namespace) -> tuple[dict[str, list
 
 
 def ratios(seconds: Mapping[str, list[tuple[float, float]]], other: str, clock: int) -> dict[str, Any]:
-    """How many times as long the two passes take, round by round."""
+    """How many times as long the two passes take, round by round.
+
+    What ran just before makes a difference, and rounds run in one order and the other in turn: the mean of both orders'
+    medians.
+    """
     by_round = [a[clock] / b[clock] for a, b in zip(seconds["two_pass"], seconds[other], strict=True)]
-    return {"median": round(statistics.median(by_round), 3), "by_round": [round(one, 2) for one in by_round]}
+    medians = [statistics.median(by_round[order::2]) for order in range(2)]
+    return {
+        "mean_of_medians": round(statistics.mean(medians), 3),
+        "by_order": [round(one, 3) for one in medians],
+        "by_round": [round(one, 2) for one in by_round],
+    }
 
 
 def summary(problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
@@ -241,10 +250,10 @@ def summary(problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
         "processor_over_kept": ratios(seconds, "kept", 1),
         "memory": taken,
         "memory_over_single": round(taken["two_pass"]["tensors_mb"] / taken["single"]["tensors_mb"], 3),
-        "wanted": f"time_over_single <= {MOST_TIME} (median), memory_over_single <= {MOST_MEMORY}",
+        "wanted": f"time_over_single (mean_of_medians) <= {MOST_TIME}, memory_over_single <= {MOST_MEMORY}",
     }
     reached = {
-        "time": found["time_over_single"]["median"] <= MOST_TIME,
+        "time": found["time_over_single"]["mean_of_medians"] <= MOST_TIME,
         "memory": found["memory_over_single"] <= MOST_MEMORY,
     }
     return {**found, "reached": reached}
@@ -255,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
