@@ -51,6 +51,14 @@ def test_scores_are_those_that_serving_gives(student, reward, scenes):
     np.testing.assert_allclose(found.numpy(), wanted, atol=1e-4)
 
 
+def test_all_of_it_follows_to_another_device(student):
+    moved = Reward.open(str(student)).to("meta")
+    found = [*moved.parameters(), *moved.buffers()]
+    assert {one.device.type for one in found} == {"meta"}
+    assert any(one is moved.mean_C11 for one in found)
+    assert any(one is moved.std_C11 for one in found)
+
+
 def test_a_resize_is_the_served_one_up_to_rounding(student, reward, scenes):
     pixels = np.kron(to_uint8(render(Canvas.of(scenes[:1])))[0], np.ones((3, 3, 1), np.uint8))
     with Scorer(str(student), engine="transformers", dtype="float32") as scorer:

@@ -71,6 +71,9 @@ class Reward(nn.Module):
         aggregate: expected scores mu_BD → rewards, (B,): the A of eq. 20.
     """
 
+    mean_C11: Tensor
+    std_C11: Tensor
+
     def __init__(
         self,
         policy: ScorePolicy,
@@ -85,6 +88,8 @@ class Reward(nn.Module):
         self._builder = builder
         self._scale = scale
         self.register_buffer("values_K", torch.tensor(list(values)), persistent=False)
+        self.register_buffer("mean_C11", scale.mean_C11, persistent=False)  # so that it follows to another device
+        self.register_buffer("std_C11", scale.std_C11, persistent=False)
 
     @classmethod
     def open(
@@ -159,7 +164,7 @@ class Reward(nn.Module):
             pictures_BCHW = nn.functional.interpolate(
                 pictures_BCHW, size=size, mode="bicubic", antialias=True, align_corners=False
             )
-        scaled = (pictures_BCHW.clamp(0, 1) - scale.mean_C11) / scale.std_C11
+        scaled = (pictures_BCHW.clamp(0, 1) - self.mean_C11) / self.std_C11
         rows, columns = (edge // options.factor for edge in size)
         blocks = scaled.reshape(
             len(scaled), 3, rows, options.merge, options.patch, columns, options.merge, options.patch
