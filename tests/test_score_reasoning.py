@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 
 from tests.command import zscore
+from tests.trainers.talker import first_caption
 from zscore.parquet import read_metadata
 from zscore.scorer import Scorer
 
@@ -26,9 +27,9 @@ def test_the_table(model, options, tmp_path):
     assert code == 0, errors
     table = pl.read_parquet(tmp_path / "s.parquet")
     assert table["status"].to_list() == ["ok", "ok"]
-    assert table["reasoning"][0].startswith("Alignment: I see a large yellow square")
+    assert table["reasoning"][0].startswith(f"Alignment: {first_caption(model)}")
     assert "\n\nRealism: It is clean." in table["reasoning"][0]
-    assert table["output_tokens"].to_list() == [64, 58]
+    assert table["output_tokens"].to_list() == [64, 59]
     truth = pl.read_csv(model.parent / "world" / "truth.csv").pivot("dimension", index="key", values="score")
     for name in ("alignment", "realism", "aesthetics", "plausibility"):
         assert table[name].to_list() == pytest.approx(truth[name].to_list(), abs=0.1)
@@ -43,7 +44,7 @@ def test_samples_are_averaged_and_a_resume_must_agree(model, options, tmp_path):
     code, _, errors = zscore(*command, "--samples", 2)
     assert code == 0, errors
     table = pl.read_parquet(tmp_path / "s.parquet")
-    assert table["output_tokens"].to_list() == [128, 116]
+    assert table["output_tokens"].to_list() == [128, 118]
     assert table["reasoning"][0].count("(2 of 2): ") == 4
     code, _, errors = zscore(*command, "--samples", 3)
     assert code == 1

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainers import world_set
+from tests.trainers.talker import first_caption
 from zscore.engines.generate import GenerateConfig, open_generator
 from zscore.engines.reasoning import ReasoningEngine, draw_seed
 from zscore.errors import ModelError
@@ -68,11 +69,11 @@ def teacher_forced(model, prompt, tokens):
     return logits_TV[start : start + len(tokens)].log_softmax(-1)
 
 
-def test_writes_what_was_learned(generator, prompts, builder):
+def test_writes_what_was_learned(generator, prompts, builder, model):
     found = finder(RUBRIC, builder.decode, builder.level_ids)
     outputs = write(generator, prompts)
     texts = [builder.decode(output.tokens) for output in outputs]
-    assert texts[0].startswith("I see a large yellow square")
+    assert texts[0].startswith(first_caption(model))
     assert all("Score: " in text for text in texts)
     assert [found.find(output.tokens) for output in outputs] == [len(output.tokens) - 1 for output in outputs]
 
@@ -136,7 +137,7 @@ class TestEngine:
         found = self.scores(self.engine(generator, builder), prompts)
         assert all(isinstance(one, LevelScores) for one in found)
         np.testing.assert_allclose([one.mean_D[0] for one in found], wanted.ravel(), atol=0.2)
-        assert found[0].reasoning[0].startswith("I see a large yellow square")
+        assert found[0].reasoning[0].startswith(first_caption(model))
         assert "Score" not in found[0].reasoning[0]
         assert found[0].output_tokens > 10
 

@@ -49,3 +49,9 @@ def make(folder: Path) -> Path:
     collator.pictures.close()
     recipe = load_recipe("tiny", ["layout=reasoning"])
     return export(policy, start, folder / "model", recipe, trained="by heart")
+
+
+def first_caption(model: Path) -> str:
+    """What it learned to see on the first picture."""
+    said = json.loads((model.parent / "world" / "reasoning.jsonl").read_text().splitlines()[0])
+    return str(said["reasoning"].partition(".")[0])
