@@ -253,7 +253,7 @@ class TestRecipes:
         [
             ("gdso", "preset=wild", "preset is 'wild': choose stable or paper"),
             ("grpo", "reward_from=words", "reward_from is 'words': choose distribution or text"),
-            ("grpo", "estimator=k4", "estimator is 'k4': choose k1 or k2 or k3"),
+            ("grpo", "estimator=k4", "estimator is 'k4': choose k2 or k3"),
             ("grpo", "group=1", "group is 1: at least 2"),
             ("opd", "against=new", "against is 'new': choose old or live"),
             ("gdso", "rollouts=sglang", "rollouts is 'sglang': choose transformers or vllm"),
