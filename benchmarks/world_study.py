@@ -33,7 +33,7 @@ from _common import report
 from zscore.agreement import Bootstrap, correlations, count_pairs
 from zscore.cli.app import build_app
 from zscore_trainers.world.base import make_base
-from zscore_trainers.world.gates import gates
+from zscore_trainers.world.gates import gates, read_truth
 from zscore_trainers.world.shards import WorldOptions, write_world
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def mean_of(some: Sequence[Callable[..., NDArray[np.float64]]]) -> Callable[...,
 
 def compare(work: Path, seeds: Sequence[int], study: Study) -> dict[str, Any]:
     """All figures."""
-    truth = pl.read_csv(work / "test" / "truth.csv").pivot("dimension", index="key", values="score")
+    truth = read_truth(work / "test")
     found = {method.name: [read(scores_of(work, seed, method), truth) for seed in seeds] for method in METHODS}
     each = {name: [functions(one, study.margin) for one in some] for name, some in found.items()}
     metrics = {

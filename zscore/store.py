@@ -172,10 +172,10 @@ class LocalStore:
             with self._named(final):
                 Path(temporary).chmod(0o666 & ~_umask())
                 if self._syncs:
-                    _sync(Path(temporary))
+                    sync(Path(temporary))
                 Path(temporary).replace(final)
                 if self._syncs:
-                    _sync(self._folder)
+                    sync(self._folder)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -333,7 +333,7 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file's bytes, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

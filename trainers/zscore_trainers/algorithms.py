@@ -23,7 +23,7 @@ from zscore_trainers.pairs import make_pairs
 from zscore_trainers.reference import Reference
 from zscore_trainers.rewarddance import RewardDance, RewardDanceConfig
 from zscore_trainers.risd import Risd, RisdConfig
-from zscore_trainers.rollouts import Rollouts, Sampling
+from zscore_trainers.rollouts import AT_A_TIME, Rollouts, Sampling
 from zscore_trainers.told import ToldTable
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Setup:
         """Rollouts of the policy: this process's share of each batch, by a generator of its own."""
         # vLLM chooses for itself what its kernels can do; transformers follows the trainer.
         dtype = self.dtype if self.generator == "transformers" else "auto"
-        config = GenerateConfig(max_tokens=self.config.max_tokens, dtype=dtype, batch_size=64)
+        config = GenerateConfig(max_tokens=self.config.max_tokens, dtype=dtype, batch_size=AT_A_TIME)
         builder = self.collator.builder
         generator = open_generator(self.generator, self.model, self.rubric, builder, config)
         rollouts = Rollouts(generator, finder(self.rubric, builder.decode, builder.level_ids))

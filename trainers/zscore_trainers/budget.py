@@ -27,6 +27,7 @@ from zscore_trainers import parallel
 from zscore_trainers.bodies import BODIES, meta_model
 from zscore_trainers.grpo import GrpoConfig
 from zscore_trainers.lora import add_adapters
+from zscore_trainers.rollouts import AT_A_TIME
 from zscore_trainers.vocabulary import CHUNK, SLICE
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ GPU_BYTES = 141e9
 """Of an H200."""
 TEXT_TOKENS = 512
 """Of the prompt beside the picture: an assumption."""
-DRAWN = 64
-"""Outputs that transformers writes at a time (`algorithms.Setup.sampling`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +224,7 @@ def _work(recipe: Recipe, config: Mapping[str, Any], gpus: int) -> Work:
         checkpointing=recipe.gradient_checkpointing,
         text_tokens=TEXT_TOKENS + written,
         logprobs=recipe.layout == "reasoning",
-        drawn=min(DRAWN, share) if written else 0,
+        drawn=min(AT_A_TIME, share) if written else 0,
         others=int(bool(written) and getattr(algorithm, "beta", 1) > 0),
     )
 

@@ -27,11 +27,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from zscore.errors import EngineError, UsageError
+from zscore.store import sync
 from zscore_trainers import parallel
 from zscore_trainers.checks import check_least, check_one_of, check_positive, check_share
 from zscore_trainers.guard import Guard, HedgingError
 from zscore_trainers.optimizers import OptimizerName, make_optimizers, set_rate
-from zscore_trainers.run_files import mend_log, read_log, sync, write_whole
+from zscore_trainers.run_files import mend_log, read_log, write_whole
 from zscore_trainers.scalars import require, scalars
 
 if TYPE_CHECKING:

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 # Legend: T tokens of an output, K levels.
 
 
+AT_A_TIME = 64
+"""Outputs that transformers writes together."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A sampled output."""

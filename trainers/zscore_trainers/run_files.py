@@ -10,6 +10,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from zscore.store import sync
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -18,21 +20,10 @@ if TYPE_CHECKING:
 def write_whole(file: Path, content: Mapping[str, Any]) -> None:
     """Write JSON that is on the disk, and in its place, when this returns."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w") as opened:
-        json.dump(content, opened)
-        opened.flush()
-        os.fsync(opened.fileno())
+    temporary.write_text(json.dumps(content))
+    sync(temporary)
     temporary.replace(file)
     sync(file.parent)
-
-
-def sync(folder: Path) -> None:
-    """Make a folder's names survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def mend_log(file: Path) -> None:

@@ -67,7 +67,8 @@ def two_pass(
     with torch.no_grad():
         mine = tuple(torch.cat(parts) for parts in zip(*first, *live, strict=True))
     samples = torch.arange(len(mine[0])) if order is None else torch.tensor(order)
-    mine = tuple(tensor[torch.argsort(samples)] for tensor in mine)
+    back = torch.argsort(samples)
+    mine = tuple(tensor[back] for tensor in mine)
     gathered = [_gather(tensor, group) for tensor in mine]
     leaves = tuple(tensor.detach().requires_grad_() for tensor, _ in gathered)
     value = loss(*leaves)

@@ -37,8 +37,8 @@ from zscore_trainers.recipes import load_recipe
 from zscore_trainers.sequences import Written, collate, given
 from zscore_trainers.world.raters import spread
 from zscore_trainers.world.render import EDGE
-from zscore_trainers.world.scenes import caption, draw_scene, reasoning
-from zscore_trainers.world.shards import prompt_of
+from zscore_trainers.world.scenes import caption, reasoning
+from zscore_trainers.world.shards import prompt_of, train_scenes
 from zscore_trainers.world.sight import cut, filters, patches, teach
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Base:
     def backward(self, policy: ScorePolicy, step: int) -> Mapping[str, float]:
         """Add the gradients of one batch of new scenes."""
         rng = random.Random(f"base {self._seed} {step}")  # noqa: S311 - drawings, not secrets
-        scenes = [draw_scene(prompt_of("train", rng), rng) for _ in range(self._config.batch_size)]
+        scenes = train_scenes(self._config.batch_size, rng)
         pixels = cut(scenes, self._pixels)
         if step < self._config.captions:
             words = self._say(policy, [self._caption(*pair, rng) for pair in zip(scenes, pixels, strict=True)])
@@ -188,7 +188,7 @@ def prepare(folder: Path, seed: int = 0) -> Path:
     """Make the weights of an untrained student ready to be trained: with good filters, and calm; returns the folder."""
     tensors = load_file(folder / "model.safetensors")
     rng = random.Random(f"filters {seed}")  # noqa: S311 - drawings, not secrets
-    seen = cut([draw_scene(prompt_of("train", rng), rng) for _ in range(FILTER_SCENES)], pixel_options(folder))
+    seen = cut(train_scenes(FILTER_SCENES, rng), pixel_options(folder))
     filters(tensors[f"{EMBEDDING}.weight"], tensors[f"{EMBEDDING}.bias"], patches(seen), seed)
     tensors["model.visual.pos_embed.weight"].mul_(PLACE_GAIN)
     for name, tensor in tensors.items():

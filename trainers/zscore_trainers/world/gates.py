@@ -48,7 +48,7 @@ def gates(scores: Path, drawn: Path) -> Gates:
     said = (
         pl.read_ndjson(drawn / "reasoning.jsonl").filter(pl.col("dimension") == "alignment").select("key", "reasoning")
     )
-    truth = pl.read_csv(drawn / "truth.csv").pivot("dimension", index="key", values="score")
+    truth = read_truth(drawn)
     both = truth.join(said.rename({"reasoning": "wanted"}), on="key").join(rows, on="key", suffix="_found")
     if both.height != truth.height:
         raise ValueError(f"{truth.height - both.height:,} of {truth.height:,} pictures of {drawn} are not in {scores}")
@@ -61,6 +61,11 @@ def gates(scores: Path, drawn: Path) -> Gates:
         valid=ok.height / both.height,
         plcc={name: float(np.corrcoef(ok[name], ok[f"{name}_found"])[0, 1]) for name in DIMENSIONS},
     )
+
+
+def read_truth(drawn: Path) -> pl.DataFrame:
+    """True scores of a set: key, and a column a dimension."""
+    return pl.read_csv(drawn / "truth.csv").pivot("dimension", index="key", values="score")
 
 
 def named(reasoning: str) -> frozenset[tuple[str, ...]]:

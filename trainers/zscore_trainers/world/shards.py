@@ -80,6 +80,11 @@ def prompt_of(split: Split, rng: random.Random) -> tuple[Thing, ...]:
             return asked
 
 
+def train_scenes(count: int, rng: random.Random) -> list[Scene]:
+    """Candidates for prompts of the train split, one each."""
+    return [draw_scene(prompt_of("train", rng), rng) for _ in range(count)]
+
+
 def write_world(folder: Path, options: WorldOptions) -> list[Path]:
     """Write the files; returns the shards' paths. The same options give the same bytes."""
     import webdataset

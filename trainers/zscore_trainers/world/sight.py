@@ -23,8 +23,8 @@ from zscore.patches import PixelOptions, patchify
 from zscore.records import Pixels
 from zscore_trainers.optimizers import make_optimizers, set_rate
 from zscore_trainers.world.render import CELL, EDGE, Canvas, render, to_uint8
-from zscore_trainers.world.scenes import COLOURS, FORMS, KINDS, SIZES, draw_scene
-from zscore_trainers.world.shards import prompt_of
+from zscore_trainers.world.scenes import COLOURS, FORMS, KINDS, SIZES
+from zscore_trainers.world.shards import train_scenes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +100,7 @@ def teach(
     optimizers = make_optimizers(both, "muon", betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(steps):
         rng = random.Random(f"sight {seed} {step}")  # noqa: S311 - drawings, not secrets
-        scenes = [draw_scene(prompt_of("train", rng), rng) for _ in range(SCENES)]
+        scenes = train_scenes(SCENES, rng)
         patches_NCPP = torch.from_numpy(patches(cut(scenes, options))).to(device)
         losses = told_apart(head(look(tower, patches_NCPP, len(scenes))), scenes)
         torch.autograd.backward([*losses.values()])
