@@ -153,7 +153,7 @@ class Runner:
         self._stage(f"{method.name}/model/zscore.json", *asked, *data, *flags)
 
     def _score(self, shards: str, model: str, out: Path | str, *, reasons: bool) -> None:
-        told = ("--reasoning", "--max-output-tokens", "64") if reasons else ("--layout", "joint")
+        told = ("--reasoning", "--max-output-tokens", "80", "--batch-size", "64") if reasons else ("--layout", "joint")
         where = ("--model", model, "--out", str(out), "--engine", "transformers", "--dtype", "float32", "--quiet")
         self._stage(str(out), "score", shards, *where, *told)
 
@@ -314,15 +314,17 @@ def train_seconds(work: Path, seeds: Sequence[int]) -> dict[str, float]:
 
 def show(found: dict[str, Any], seconds: dict[str, float]) -> None:
     """Tables for trainers/README.md."""
-    print("\n| method | PLCC | SRCC | HPA | margin HPA | things named rightly | output tokens | training, s |")
-    print(f"|{'---|' * 8}")
+    print("\n| method | PLCC | SRCC | HPA | margin HPA | seen rightly | compared | output tokens | training, s |")
+    print(f"|{'---|' * 9}")
     for method in METHODS:
         cells = [f"{found['values'][method.name][metric]:.3f}" for metric in METRICS]
         low, high = found["intervals"][method.name]["hpa"]
         cells[2] += f" [{low:.3f}, {high:.3f}]"
-        named = [one["things"] for one in found["gates"].get(method.name, [])]
+        passed = found["gates"].get(method.name, [])
+        shares = [[one[gate] for one in passed] for gate in ("things", "comparisons")]
+        cells += [f"{np.mean(one):.2f}" if one else "" for one in shares]
         tokens = found["output_tokens"][method.name]
-        cells += [f"{np.mean(named):.2f}" if named else "", f"{tokens:.0f}" if tokens else "1 (read, not written)"]
+        cells += [f"{tokens:.0f}" if tokens else "1 (read, not written)"]
         cells += [f"{seconds[method.name]:.0f}" if method.name in seconds else ""]
         print(f"| {method.title} | {' | '.join(cells)} |")
     print("\n| difference in HPA | |\n|---|---|")

@@ -27,10 +27,10 @@ SET = f"--set seed={SEED}"
 TRAIN_TEACHER = f"""{ZSCORE} train gdso labelled --recipe tiny --data annotated/annotations.parquet --model base/model
     --out teacher --resume {SET} --set steps=150 --set learning_rate=1e-4 --set warmup=5 --set batch_size=4
     --set group=8 --set evaluate_every=0 --set save_every=20"""
-SCORE_BY_TEACHER = f"""{ZSCORE} score unlabelled --model teacher/model --reasoning --samples 2 --max-output-tokens 64
-    --engine transformers --dtype float32 --out teacher.parquet"""
-SCORE_TEST_BY_TEACHER = f"""{ZSCORE} score test --model teacher/model --reasoning --max-output-tokens 64
-    --engine transformers --dtype float32 --limit 512 --out test-teacher.parquet"""
+SCORE_BY_TEACHER = f"""{ZSCORE} score unlabelled --model teacher/model --reasoning --samples 2 --max-output-tokens 80
+    --engine transformers --dtype float32 --batch-size 64 --out teacher.parquet"""
+SCORE_TEST_BY_TEACHER = f"""{ZSCORE} score test --model teacher/model --reasoning --max-output-tokens 80
+    --engine transformers --dtype float32 --batch-size 64 --limit 512 --out test-teacher.parquet"""
 TRAIN_STUDENT = f"""{ZSCORE} train risd unlabelled --recipe tiny --data teacher.parquet --model base/model --out student
     --resume {SET} --set steps=250 --set learning_rate=3e-4 --set warmup=10 --set evaluate_every=50
     --set save_every=50"""

@@ -54,7 +54,7 @@ def test_the_body_has_the_layers_that_it_lists(start):
 
 
 def test_a_step_learns_both_ways(start):
-    base = Base(BaseConfig(batch_size=8, captions=0), RUBRIC, start)
+    base = Base(BaseConfig(batch_size=8, unrelated_steps=0), RUBRIC, start)
     policy = world_set.load(start)
     assert isinstance(policy, ScorePolicy)
     found = base.backward(policy, 0)
@@ -65,8 +65,8 @@ def test_a_step_learns_both_ways(start):
     assert base.backward(world_set.load(start), 1)["words"] != found["words"]
 
 
-def test_the_first_steps_are_captions(start, monkeypatch):
-    base, asked = Base(BaseConfig(batch_size=6, captions=1), RUBRIC, start), []
+def test_the_first_steps_compare_with_unrelated_prompts(start, monkeypatch):
+    base, asked = Base(BaseConfig(batch_size=6, unrelated_steps=1), RUBRIC, start), []
     monkeypatch.setattr(base, "_say", lambda _, told: asked.append(told) or 1.0)
     assert base.backward(world_set.load(start), 0) == {"loss": 1.0, "words": 1.0}
     assert len(asked[0]) == 6
@@ -171,15 +171,19 @@ def test_losses_of_sight_are_those_of_each_cell():
         assert [key for key, loss in losses.items() if float(loss) > 1e-3] == [name]
 
 
-def test_an_unrelated_prompt_is_answered_with_what_is_seen(start):
+def test_an_unrelated_prompt_is_answered_with_what_is_seen_and_what_it_asks_for(start):
     base = Base(BaseConfig(alignment=1.0, unrelated=1.0), RUBRIC, start)
     (scene,) = drawn(1)
     (pixels,) = cut([scene], pixel_options(start))
     prompt, written = base._reasoning(scene, pixels, random.Random(1))
     decode = base._told.decode
     assert written.score_at is None
-    assert decode(written.tokens) == caption(scene)
+    said = decode(written.tokens)
+    assert said.startswith(caption(scene))
     assert scene.prompt not in decode(prompt.token_ids)
+    things = said.removeprefix(caption(scene)).split(" The ")[1:]
+    assert things
+    assert all(f"a {thing.rpartition(' is ')[0]}" in decode(prompt.token_ids) for thing in things)
     related = Base(BaseConfig(alignment=1.0, unrelated=0.0), RUBRIC, start)
     prompt, written = related._reasoning(scene, pixels, random.Random(1))
     assert decode(written.tokens[: written.score_at]) == f"{reasoning(scene, 'alignment')} {RUBRIC.reasoning_marker}"
@@ -188,7 +192,7 @@ def test_an_unrelated_prompt_is_answered_with_what_is_seen(start):
 
 @pytest.fixture
 def little(monkeypatch):
-    monkeypatch.setattr("zscore_trainers.world.base.BaseConfig", lambda: BaseConfig(batch_size=4, captions=1))
+    monkeypatch.setattr("zscore_trainers.world.base.BaseConfig", lambda: BaseConfig(batch_size=4, unrelated_steps=1))
     monkeypatch.setattr("zscore_trainers.world.base.SIGHT_STEPS", 1)
     monkeypatch.setattr("zscore_trainers.world.sight.SCENES", 4)
 

@@ -7,7 +7,7 @@ import json
 import polars as pl
 import pytest
 
-from zscore_trainers.world.gates import gates, main, named
+from zscore_trainers.world.gates import gates, main, named, verdicts
 from zscore_trainers.world.scenes import DIMENSIONS
 from zscore_trainers.world.shards import WorldOptions, write_world
 
@@ -35,16 +35,28 @@ def found(rows, drawn):
 
 
 def test_captions_name_what_is_shown():
-    said = "Alignment: I see a small red circle at the top left and a large blue square at the centre. Wrong: size ..."
+    said = "Alignment: I see a small red circle at the top left and a large blue square at the centre. The small ..."
     assert named(said) == {("small", "red", "circle", "top left"), ("large", "blue", "square", "centre")}
     assert named("Alignment: I see a small red circle at the top leftmost thing. All") == frozenset()
     assert named("Realism: I see a small red circle at the top.") == frozenset()
     assert named("Alignment: I see a small red circle at the top") == frozenset()  # cut off
 
 
+def test_verdicts_are_read_back():
+    said = (
+        "Alignment: I see a small red circle at the top left. The small red circle at the top left is there."
+        " The large blue square at the centre is green, at the top right. The large red square at the top is"
+        "\n\nAesthetics: The ground is calm."
+    )
+    assert verdicts(said) == {
+        ("small red circle at the top left", "there"),
+        ("large blue square at the centre", "green, at the top right"),
+    }
+
+
 def test_who_says_the_truth_passes_all(drawn):
     one = found(perfect(drawn), drawn)
-    assert (one.captions, one.things, one.valid) == (1, 1, 1)
+    assert (one.captions, one.things, one.comparisons, one.valid) == (1, 1, 1, 1)
     assert all(one.plcc[name] == pytest.approx(1) for name in DIMENSIONS)
 
 
@@ -57,6 +69,7 @@ def test_what_is_wrong_counts(drawn):
     one = found(rows.with_columns(wrong, failed, reversed_scores), drawn)
     assert one.captions == pytest.approx(24 / 30)
     assert 0 < one.things < 1
+    assert 0 < one.comparisons < 1
     assert one.valid == pytest.approx(24 / 30)
     assert one.plcc["realism"] == pytest.approx(-1)
 

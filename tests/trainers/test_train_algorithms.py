@@ -274,7 +274,7 @@ class TestRecipes:
     def test_settings_of_the_algorithm(self):
         found = load_recipe("tiny", ["alpha_pw=0.5", "beta=0", "group=4", "preset=paper"], "gdso")
         assert found.algorithm == dataclasses.replace(
-            GdsoConfig(max_tokens=64, micro_batch=64), alpha_pw=0.5, beta=0.0, group=4, preset="paper"
+            GdsoConfig(max_tokens=80, micro_batch=64), alpha_pw=0.5, beta=0.0, group=4, preset="paper"
         )
         assert "alpha_pw" not in settings(load_recipe("tiny", (), "grpo"))
         assert type(load_recipe("tiny", (), "grpo").algorithm) is GrpoConfig

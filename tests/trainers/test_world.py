@@ -123,7 +123,15 @@ def test_the_renderer_is_differentiable():
 def test_words_name_what_is_seen_and_what_is_wrong():
     scene = Scene((RED, BLUE), (Thing("circle", "green", "large", 4), None), realism=("blur", 2.0))
     assert caption(scene) == "I see a large green circle at the centre."
-    assert reasoning(scene, "alignment").endswith("Wrong: colour green, not red, the blue square is missing.")
+    assert reasoning(scene, "alignment") == (
+        "I see a large green circle at the centre. The large red circle at the centre is green."
+        " The small blue square at the top left is missing."
+    )
+    elsewhere = Scene((RED, BLUE), (Thing("square", "red", "small", 5), BLUE))
+    assert reasoning(elsewhere, "alignment").endswith(
+        " The large red circle at the centre is small, square, at the right."
+        " The small blue square at the top left is there."
+    )
     assert reasoning(scene, "realism") == "I see blur on it, much."
     assert reasoning(scene, "aesthetics") == "The ground is calm."
 

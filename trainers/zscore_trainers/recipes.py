@@ -112,7 +112,7 @@ def for_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
     own = choice.config()
     changes: dict[str, Any] = {"micro_batch": max(own.micro_batch if recipe.rubric == "shapes" else 2, 2)}
     if recipe.rubric == "shapes" and "max_tokens" in settings_of(own):
-        changes |= {"max_tokens": 64, "micro_batch": 64}
+        changes |= {"max_tokens": 80, "micro_batch": 64}
     return dataclasses.replace(
         recipe,
         layout="reasoning" if choice.reasons else recipe.layout,

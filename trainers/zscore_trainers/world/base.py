@@ -2,9 +2,9 @@
 
 What Qwen3.5 is to a real teacher and student, this is to those of the world: the checkpoint that every algorithm starts
 from. Scenes are drawn as the run goes, none twice. The vision tower learns to see first (`sight`); then the model says
-what it sees; then a half of each batch is asked for scores at once (joint layout), the other for a reasoning and a
-score. Which scenes a step sees follows from the seed and the step alone, so a run goes on exactly
-(`zscore_trainers.engine`).
+what it sees, and compares it with what was asked for of some other picture; then a half of each batch is asked for
+scores at once (joint layout), the other for a reasoning and a score. Which scenes a step sees follows from the seed and
+the step alone, so a run goes on exactly (`zscore_trainers.engine`).
 
     python -m zscore_trainers.world.base OUT [--steps 3000] [--until 500] [--seed 0]
 """
@@ -37,7 +37,7 @@ from zscore_trainers.recipes import load_recipe
 from zscore_trainers.sequences import Written, collate, given
 from zscore_trainers.world.raters import spread
 from zscore_trainers.world.render import EDGE
-from zscore_trainers.world.scenes import caption, reasoning
+from zscore_trainers.world.scenes import reasoning, unrelated
 from zscore_trainers.world.shards import prompt_of, train_scenes
 from zscore_trainers.world.sight import cut, filters, patches, teach
 
@@ -82,16 +82,17 @@ class BaseConfig:
     """Pictures a step."""
     micro_batch: int = 32
     """Here always the batch."""
-    captions: int = 250
-    """First steps, which only say what is seen, whatever is asked for."""
+    unrelated_steps: int = 250
+    """First steps, all of them under prompts of other scenes, which say what is seen and compare, and give no score."""
     told: float = 0.5
     """Share that is reasoned about; the rest is scored at once."""
     alignment: float = 0.6
     """Share of the reasonings that are about alignment, which says most of what is seen."""
-    unrelated: float = 0.4
-    """Share of those that are asked about another scene's prompt, and only say what is seen.
+    unrelated: float = 0.2
+    """Share of those that are asked with another scene's prompt, as in the first steps.
 
-    A caption that can be read off the prompt teaches to repeat the prompt.
+    Where what is asked for is nearly what is seen, each can be read off the other: a caption teaches to repeat the
+    prompt, a comparison to repeat the caption.
     """
     mass: float = 0.05
     """Weight of the mass on the level tokens."""
@@ -129,8 +130,8 @@ class Base:
         rng = random.Random(f"base {self._seed} {step}")  # noqa: S311 - drawings, not secrets
         scenes = train_scenes(self._config.batch_size, rng)
         pixels = cut(scenes, self._pixels)
-        if step < self._config.captions:
-            words = self._say(policy, [self._caption(*pair, rng) for pair in zip(scenes, pixels, strict=True)])
+        if step < self._config.unrelated_steps:
+            words = self._say(policy, [self._unrelated(*pair, rng) for pair in zip(scenes, pixels, strict=True)])
             return {"loss": words, "words": words}
         first = round(self._config.told * len(scenes))
         drawn = zip(scenes[:first], pixels[:first], strict=True)
@@ -148,19 +149,19 @@ class Base:
         loss.backward()
         return float(loss.detach())
 
-    def _caption(self, scene: Scene, pixels: Pixels, rng: random.Random) -> tuple[EnginePrompt, Written]:
-        """What is seen, asked with the prompt of another scene."""
-        asked = replace(scene, asked=prompt_of("train", rng))
-        prompt = _built(self._told, asked, pixels)[self._rubric.names.index("alignment")]
-        return prompt, Written(tuple(self._told.encode(caption(scene))), None)
+    def _unrelated(self, scene: Scene, pixels: Pixels, rng: random.Random) -> tuple[EnginePrompt, Written]:
+        """What is seen, and how it compares with the prompt of another scene; no score."""
+        asked = prompt_of("train", rng)
+        prompt = _built(self._told, replace(scene, asked=asked), pixels)[self._rubric.names.index("alignment")]
+        return prompt, Written(tuple(self._told.encode(unrelated(scene, asked))), None)
 
     def _reasoning(self, scene: Scene, pixels: Pixels, rng: random.Random) -> tuple[EnginePrompt, Written]:
-        """A judge's words on some dimension, and a score as raters would give it; at times a caption alone."""
+        """A judge's words on some dimension, and a score as raters would give it; at times neither (`_unrelated`)."""
         names, share = self._rubric.names, self._config.alignment
         weights = [share if name == "alignment" else (1 - share) / (len(names) - 1) for name in names]
         (at,) = rng.choices(range(len(names)), weights)
         if names[at] == "alignment" and rng.random() < self._config.unrelated:
-            return self._caption(scene, pixels, rng)
+            return self._unrelated(scene, pixels, rng)
         levels_K = ratings(scene.truth[names[at]], self._rubric)
         (level,) = rng.choices(range(len(levels_K)), levels_K.tolist())
         written = given(self._told, self._rubric, reasoning(scene, names[at]), level)

@@ -12,13 +12,18 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from zscore_trainers.world.scenes import DIMENSIONS
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 SEEN = re.compile(r"Alignment: I see (.*?)\.")
+VERDICT = re.compile(r"The ([\w ]+) is ([\w ,]+)\.")
 THING = re.compile(r"(small|large) (\w+) (\w+) at the (\w+(?: \w+)?)(?= and |$)")
 
 
@@ -30,6 +35,8 @@ class Gates:
     """Pictures whose caption names exactly what is shown."""
     things: float
     """Things shown that a caption names with the right size, colour, form and place."""
+    comparisons: float
+    """Things asked for of which it is rightly said whether they are there, and in what they differ."""
     valid: float
     """Pictures with a score on every dimension."""
     plcc: dict[str, float]
@@ -58,6 +65,7 @@ def gates(scores: Path, drawn: Path) -> Gates:
     return Gates(
         captions=float(np.mean([one == other for one, other in zip(found, wanted, strict=True)])),
         things=sum(len(one & other) for one, other in zip(found, wanted, strict=True)) / sum(map(len, wanted)),
+        comparisons=_right(both["reasoning"], both["wanted"]),
         valid=ok.height / both.height,
         plcc={name: float(np.corrcoef(ok[name], ok[f"{name}_found"])[0, 1]) for name in DIMENSIONS},
     )
@@ -72,6 +80,18 @@ def named(reasoning: str) -> frozenset[tuple[str, ...]]:
     """The things that a caption names: size, colour, form, place."""
     seen = SEEN.search(reasoning)
     return frozenset(THING.findall(seen[1])) if seen else frozenset()
+
+
+def verdicts(reasoning: str) -> frozenset[tuple[str, str]]:
+    """What is said of the things that were asked for: each with its verdict."""
+    about = reasoning.partition("\n\n")[0]  # the other dimensions' words follow
+    return frozenset(VERDICT.findall(about))
+
+
+def _right(found: Iterable[str | None], wanted: Iterable[str]) -> float:
+    """Share of the wanted verdicts that were given."""
+    pairs = [(verdicts(text or ""), verdicts(said)) for text, said in zip(found, wanted, strict=True)]
+    return sum(len(one & other) for one, other in pairs) / sum(len(other) for _, other in pairs)
 
 
 def main() -> None:

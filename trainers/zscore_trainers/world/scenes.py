@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Sequence
 
 DIMENSIONS = ("alignment", "realism", "aesthetics", "plausibility")
 FORMS = ("circle", "square", "triangle")
@@ -53,9 +54,14 @@ class Thing:
     place: int
     """Number of its cell, row by row."""
 
+    @property
+    def words(self) -> str:
+        """What and where it is."""
+        return f"{self.size} {self.colour} {self.form} at the {PLACES[self.place]}"
+
     def __str__(self) -> str:
         """As a prompt says it."""
-        return f"a {self.size} {self.colour} {self.form} at the {PLACES[self.place]}"
+        return f"a {self.words}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +161,13 @@ def caption(scene: Scene) -> str:
 
 
 def reasoning(scene: Scene, dimension: str) -> str:
-    """A judge's words on one dimension: what is seen, then what is wrong with it."""
+    """A judge's words on one dimension: what is seen, then what is wrong with it.
+
+    On alignment, each thing that was asked for is said again beside what became of it: a small model compares what
+    stands next to each other.
+    """
     if dimension == "alignment":
-        return f"{caption(scene)} {_misfits(scene)}"
+        return f"{caption(scene)} {_comparison(scene.asked, scene.shown)}"
     kind, severity = getattr(scene, dimension)
     if not severity:
         return {"realism": "It is clean.", "aesthetics": "The ground is calm.", "plausibility": "All stand."}[dimension]
@@ -172,21 +182,31 @@ def reasoning(scene: Scene, dimension: str) -> str:
     return f"I see {words[kind]}, {_how_much(severity)}."
 
 
-def _misfits(scene: Scene) -> str:
-    wrong = []
-    for asked, shown in zip(scene.asked, scene.shown, strict=True):
-        if shown is None:
-            wrong.append(f"the {asked.colour} {asked.form} is missing")
-            continue
-        for name, told, found in (
-            ("form", asked.form, shown.form),
-            ("colour", asked.colour, shown.colour),
-            ("size", asked.size, shown.size),
-            ("place", PLACES[asked.place], PLACES[shown.place]),
-        ):
-            if told != found:
-                wrong.append(f"{name} {found}, not {told}")
-    return "All is there." if not wrong else f"Wrong: {', '.join(wrong)}."
+def unrelated(scene: Scene, asked: tuple[Thing, ...]) -> str:
+    """What is seen, and how it compares with what was asked for of another picture, cell by cell."""
+    there = {thing.place: thing for thing in scene.shown if thing}
+    return f"{caption(scene)} {_comparison(asked, [there.get(thing.place) for thing in asked])}"
+
+
+def _comparison(asked: Sequence[Thing], shown: Sequence[Thing | None]) -> str:
+    return " ".join(_compared(*pair) for pair in zip(asked, shown, strict=True))
+
+
+def _compared(asked: Thing, shown: Thing | None) -> str:
+    """One thing that was asked for, and in what the one that is seen differs."""
+    if shown is None:
+        return f"The {asked.words} is missing."
+    differs = [
+        text
+        for text, same in (
+            (shown.size, shown.size == asked.size),
+            (shown.colour, shown.colour == asked.colour),
+            (shown.form, shown.form == asked.form),
+            (f"at the {PLACES[shown.place]}", shown.place == asked.place),
+        )
+        if not same
+    ]
+    return f"The {asked.words} is {', '.join(differs) or 'there'}."
 
 
 def _how_much(severity: float) -> str:
