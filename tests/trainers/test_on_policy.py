@@ -30,7 +30,7 @@ from zscore_trainers.rollouts import Rollouts, Sampling, rollout_seed
 from zscore_trainers.sequences import collate, token_logprobs
 
 RUBRIC = world_set.RUBRIC
-LIMIT = 32
+LIMIT = 72
 # Labels that the model doesn't know.
 PAIR = Pair(1, 0, 1, (4.0, 2.5))
 
