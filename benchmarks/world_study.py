@@ -53,8 +53,9 @@ class Study:
     """Frozen before the test prompts were scored."""
 
     base_steps: int = 3000
-    base_until: int = 1200
-    """Everything starts from a base model that was stopped early: a finished one has little left to learn."""
+    base_until: int = 2000
+    """Everything starts from a base model that was stopped early, since a finished one has little left to learn, but
+    reasons on every dimension: its scores behind a reasoning correlate with the truth of other prompts by 0.5 or more."""
     labelled_prompts: int = 96
     """Four pictures each, with five raters."""
     more_prompts: int = 192
