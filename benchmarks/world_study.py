@@ -54,8 +54,11 @@ class Study:
 
     base_steps: int = 3000
     base_until: int = 2000
-    """Everything starts from a base model that was stopped early, since a finished one has little left to learn, but
-    reasons on every dimension: its scores behind a reasoning correlate with the truth of other prompts by 0.5 or more."""
+    """Everything starts from a base model that was stopped early: a finished one has little left to learn.
+
+    Not so early that it can't reason: on validation prompts its scores behind a reasoning correlate with the truth by
+    0.5 or more on every dimension.
+    """
     labelled_prompts: int = 96
     """Four pictures each, with five raters."""
     more_prompts: int = 192
