@@ -63,9 +63,9 @@ class Study:
     """Four pictures each, with five raters."""
     more_prompts: int = 192
     """Pictures without labels, for RISD."""
-    test_prompts: int = 56
+    test_prompts: int = 75
     candidates: int = 9
-    """Pictures of a test prompt: 2,016 pairs."""
+    """Pictures of a test prompt: 2,700 pairs, of which on every dimension more than 2,000 have unequal truths."""
     steps: int = 40
     """Of every algorithm."""
     learning_rate: float = 3e-4

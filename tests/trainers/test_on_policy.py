@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -210,6 +211,37 @@ class TestGdso:
         said = [sampling.collator.train.targets_NDK[side, 1] @ np.array(RUBRIC.values) for side in (0, 1)]
         apart = [abs(one - label) for one, label in zip(said, PAIR.labels, strict=True)]
         assert found["reward"] == pytest.approx(1 - np.mean(apart) / 4, abs=1e-6)
+
+    @pytest.mark.parametrize("preset", ["stable", "paper"])
+    def test_rewards_from_text_are_those_of_the_score_token(self, sampling, preset):
+        """Its gradient is the true one of the expected reward, which a sum over all nine levels gives, but for scale."""
+        levels = torch.tensor(RUBRIC.values)
+        logits_K = torch.linspace(-0.5, 0.5, len(levels))
+        outputs = len(levels)
+        sampled = Sampled(  # a side with every level once, and one whose scores have no say
+            label_PJ=torch.tensor([[4.0, 2.0]]),
+            valid_N=torch.ones(2 * outputs, dtype=torch.bool),
+            text_N=levels.repeat(2),
+            sampled_NT=torch.full((2 * outputs, 1), -1.0),
+            output_NT=torch.ones(2 * outputs, 1, dtype=torch.bool),
+            score_NT=torch.ones(2 * outputs, 1, dtype=torch.bool),
+            reference_NT=None,
+        )
+        options = {"batch_size": 1, "group": outputs, "beta": 0.0, "reward_from": "text", "lambda_pw": 0.0}
+        algorithm = Grpo(GrpoConfig(preset=preset, most=math.inf, **options), Order(1, 1), [PAIR], sampling)
+        advantage_N = algorithm.advantages(sampled, logits_K.expand(2 * outputs, -1), {})
+        advantage_N[outputs:] = 0
+        leaf_K = logits_K.clone().requires_grad_()
+        # Each level counts as often as it is drawn: by its probability, where it was drawn with the same.
+        logprob_NT = leaf_K.log_softmax(-1).repeat(2)[:, None]
+        chance_N = logits_K.softmax(-1).repeat(2)
+        found = sampled._replace(sampled_NT=logprob_NT.detach())
+        algorithm.loss(found, advantage_N * chance_N, logits_K.expand(2 * outputs, -1), logprob_NT, {}).backward()
+        wanted_K = logits_K.clone().requires_grad_()
+        (-(wanted_K.softmax(-1) * (1 - (levels - 4).abs() / 4)).sum()).backward()
+        ratio_K = leaf_K.grad / wanted_K.grad
+        torch.testing.assert_close(ratio_K, ratio_K.mean().expand_as(ratio_K))
+        assert ratio_K.mean() > 0
 
     def test_an_output_without_a_score_gets_the_lowest_reward(self, sampling, policy, model):
         builder = sampling.collator.builder

@@ -7,8 +7,9 @@ Where the paper is silent: an output without a score has the lowest reward; the 
 output's tokens and averaged over outputs. Two presets:
 
     paper    every token of the output counts, weights are 1, as eq. 4 is written
-    stable   the score token doesn't count (given the reasoning its reward is constant, so its gradient is noise), and
-             tokens are weighted by how much likelier they are to the trainer than to the generator, at most `most`
+    stable   where the reward reads the distribution, the score token doesn't count (given the reasoning its reward is
+             constant, so its gradient is noise; where it reads the text, the reward is that token's); and tokens are
+             weighted by how much likelier they are to the trainer than to the generator, at most `most`
 
 With `updates` K, algorithm 1's K_gdso, a batch of outputs serves K steps: rewards and advantages stay as the policy
 that wrote had them, probabilities and direct losses follow the policy. Checkpoints lie between batches.
@@ -284,7 +285,8 @@ class Grpo:
         output_NT = sampled.output_NT.to(device)
         counts_NT, weight_NT = output_NT, None
         if config.preset == "stable":
-            counts_NT = output_NT & ~sampled.score_NT.to(device)
+            if config.reward_from == "distribution":
+                counts_NT = output_NT & ~sampled.score_NT.to(device)
             weight_NT = losses.importance_weights(logprob_NT, sampled.sampled_NT.to(device), config.most)
         total = losses.policy_gradient_loss(logprob_NT, advantage_N, counts_NT, weight_NT)
         logged["drift"] = float(((logprob_NT.detach() - sampled.sampled_NT.to(device)).abs() * output_NT).max())
