@@ -25,7 +25,7 @@ ZSCORE = "-m zscore"
 SET = f"--set seed={SEED}"
 # What a stage leaves when it is done, and its command.
 TRAIN_TEACHER = f"""{ZSCORE} train gdso labelled --recipe tiny --data annotated/annotations.parquet --model base/model
-    --out teacher --resume {SET} --set steps=150 --set learning_rate=1e-4 --set warmup=5 --set batch_size=4
+    --out teacher --resume {SET} --set steps=60 --set learning_rate=1e-4 --set warmup=5 --set batch_size=4
     --set group=8 --set evaluate_every=0 --set save_every=20"""
 SCORE_BY_TEACHER = f"""{ZSCORE} score unlabelled --model teacher/model --reasoning --samples 2 --max-output-tokens 80
     --engine transformers --dtype float32 --batch-size 64 --out teacher.parquet"""

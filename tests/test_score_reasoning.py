@@ -18,7 +18,7 @@ def model(talker):
 
 @pytest.fixture(scope="module")
 def options(model):
-    return ["--model", model, "--engine", "transformers", "--max-output-tokens", 48]
+    return ["--model", model, "--engine", "transformers", "--max-output-tokens", 72]
 
 
 def test_the_table(model, options, tmp_path):

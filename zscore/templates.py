@@ -105,21 +105,33 @@ class PromptBuilder:
         """Tokens of the longest prompt besides the picture and the user's text."""
         return len(self._head) + len(self._lead) + max(len(tail) for tail, _ in self._tails)
 
-    def build(self, prompt: str, pixels: Pixels) -> list[EnginePrompt] | Failure:
-        """Prompts of one sample: one in the joint layout, D in the separate one, D x samples where it is to reason."""
-        image = [] if self._image is None else [self._image] * (pixels.grid[0] * pixels.grid[1] // self._merge2)
+    def unfit(self, prompt: str, picture: int) -> Failure | None:
+        """Why a prompt can't be used beside a picture of so many tokens, if it can't."""
+        found = self._user(prompt, 0 if self._image is None else picture)
+        return found if isinstance(found, Failure) else None
+
+    def _user(self, prompt: str, picture: int) -> list[int] | Failure:
+        """Tokens of the user's prompt."""
         try:
             user = self._text.encode(prompt)
         except ModelError as error:  # a tokenizer with a special token for what it doesn't know
             return Failure(Status.BAD_TEXT, str(error))
-        length = self.overhead + len(image) + len(user)
-        if length > self._max_tokens:
-            fix = " or lower --max-pixels" if self.overhead + len(user) < self._max_tokens else ""
-            return Failure(
-                Status.PROMPT_TOO_LONG,
-                f"{length} tokens ({len(user)} of them the prompt, {len(image)} the picture); the limit is"
-                f" {self._max_tokens}: shorten the prompt{fix}",
-            )
+        length = self.overhead + picture + len(user)
+        if length <= self._max_tokens:
+            return user
+        fix = " or lower --max-pixels" if self.overhead + len(user) < self._max_tokens else ""
+        return Failure(
+            Status.PROMPT_TOO_LONG,
+            f"{length} tokens ({len(user)} of them the prompt, {picture} the picture); the limit is"
+            f" {self._max_tokens}: shorten the prompt{fix}",
+        )
+
+    def build(self, prompt: str, pixels: Pixels) -> list[EnginePrompt] | Failure:
+        """Prompts of one sample: one in the joint layout, D in the separate one, D x samples where it is to reason."""
+        image = [] if self._image is None else [self._image] * (pixels.grid[0] * pixels.grid[1] // self._merge2)
+        user = self._user(prompt, len(image))
+        if isinstance(user, Failure):
+            return user
         shared = [*self._head, *image, *self._lead, *user]
         return [
             EnginePrompt((*shared, *tail), tuple(len(shared) + probe for probe in probes), pixels, draw)

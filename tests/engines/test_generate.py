@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from zscore.reasoning import ReasoningOptions, finder
 from zscore.records import Failure, LevelScores, Status
 
 RUBRIC = world_set.RUBRIC
-LIMIT = 48
+LIMIT = 72
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,11 @@ def write(generator, prompts, seeds=None):
     return [found[tag] for tag in range(len(prompts))]
 
 
-def teacher_forced(model, prompt, tokens):
+def teacher_forced(model, prompt, tokens, weights=None):
     """Log-probabilities of every token at each position of an output, in one forward pass of transformers."""
     policy = world_set.load(model)
+    if weights is not None:
+        policy.model.load_state_dict(weights)
     world = model.parent / "world"
     collator = world_set.collator(world_set.world_set(world, prompts=1), world, model, "reasoning")
     batch = collator.pad([dataclasses.replace(prompt, token_ids=(*prompt.token_ids, *tokens), probes=(-1,))])
@@ -115,6 +119,53 @@ def test_new_weights_change_what_it_thinks(generator, prompts, model):
     wrong = {name: value[:-1] if name == "lm_head.weight" else value for name, value in trained.items()}
     with pytest.raises(ModelError, match=r"lm_head.weight is \(1023, 128\), not \(1024, 128\)"):
         generator.load_weights(wrong.items())
+
+
+@pytest.mark.parametrize(
+    "part", ["visual.blocks", "visual.merger", "embed_tokens", "layers.0.", "layers.1.", "lm_head"]
+)
+def test_new_weights_are_taken_over_whole(generator, prompts, model, builder, part):
+    """Whichever part is new: its q at the score is that of the same weights in transformers, and isn't the old one."""
+    trained = load_file(model / "model.safetensors")
+    draws = torch.Generator().manual_seed(0)
+    others = {
+        name: value + 0.5 * value.float().std() * torch.randn(value.shape, generator=draws)
+        for name, value in trained.items()
+        if part in name and value.ndim > 1
+    }
+    assert others
+    changed = trained | {name: value.to(trained[name].dtype) for name, value in others.items()}
+    (before,) = write(generator, prompts[:1])
+    try:
+        generator.load_weights(changed.items())
+        (after,) = write(generator, prompts[:1])
+    finally:
+        generator.load_weights(trained.items())
+    levels = list(builder.level_ids)
+    wanted_TK = teacher_forced(model, prompts[0], after.tokens, changed)[:, levels].softmax(-1).numpy()
+    old_TK = teacher_forced(model, prompts[0], after.tokens)[:, levels].softmax(-1).numpy()
+    mine_TK = torch.from_numpy(after.level_logprob_TK).softmax(-1).numpy()
+    exact = generator.dtype == "float32"
+    assert np.abs(mine_TK - wanted_TK).max() < (1e-3 if exact else 0.1)
+    assert np.abs(mine_TK - wanted_TK).mean() < 0.2 * np.abs(mine_TK - old_TK).mean()
+    assert write(generator, prompts[:1])[0].tokens == before.tokens
+
+
+def test_what_the_checkpoint_says_of_generation_changes_nothing(model, builder, prompts, tmp_path):
+    """A penalty in its generation_config.json would draw from another distribution than the policy's."""
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    asked = {"repetition_penalty": 1.7, "no_repeat_ngram_size": 1, "min_new_tokens": 60, "suppress_tokens": [300]}
+    (other / "generation_config.json").write_text(json.dumps(asked))
+    config = GenerateConfig(max_tokens=LIMIT, batch_size=4)
+    found = []
+    for one in (model, other):
+        opened = open_generator("transformers", one, RUBRIC, builder, config)
+        found.append(write(opened, prompts[:2]))
+        opened.close()
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.tokens == theirs.tokens
+        np.testing.assert_allclose(mine.logprob_T, theirs.logprob_T, atol=1e-5)
 
 
 class TestEngine:

@@ -22,8 +22,8 @@ OPTIONS = BuildOptions(values=LEVELS, min_agreement=-1)
 
 
 def ratings(rows):
-    frame = pl.DataFrame(rows, schema=["key", "dimension", "rater", "score"], orient="row")
-    return Ratings(frame.with_columns(pl.col("score").cast(pl.Float64)), False, "ratings.csv")
+    kinds = {"key": pl.String, "dimension": pl.String, "rater": pl.String, "score": pl.Float64}
+    return Ratings(pl.DataFrame(rows, schema=kinds, orient="row", strict=False), False, "ratings.csv")
 
 
 def shard(folder, prompts):
@@ -76,6 +76,19 @@ def test_a_rater_who_disagrees_is_left_out_and_named(tmp_path):
         build(
             ratings([row for row in rows if row[2] in {"dee", "ann"}]), [], BuildOptions(values=LEVELS, min_agreement=1)
         )
+
+
+def test_ratings_without_raters_are_all_kept(tmp_path):
+    rows = [("k0", "realism", None, 4.0), ("k0", "realism", None, 3.0), ("k1", "realism", None, 2.0)]
+    made = build(ratings(rows), shard(tmp_path, ["a", "a"]), BuildOptions(values=LEVELS, min_agreement=0.5))
+    assert made.samples["realism"].to_list() == [3.5, 2.0]
+    assert made.raters == ()
+
+
+def test_some_ratings_without_raters(tmp_path):
+    rows = [("k0", "realism", "anna", 4.0), ("k1", "realism", None, 2.0)]
+    with pytest.raises(TableError, match=r"^ratings\.csv: 1 of 2 ratings name no rater: name all$"):
+        build(ratings(rows), shard(tmp_path, ["a", "a"]), OPTIONS)
 
 
 def test_a_prompt_is_in_one_split_whatever_the_shards(tmp_path):

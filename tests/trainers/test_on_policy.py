@@ -214,7 +214,7 @@ class TestGdso:
 
     @pytest.mark.parametrize("preset", ["stable", "paper"])
     def test_rewards_from_text_are_those_of_the_score_token(self, sampling, preset):
-        """Its gradient is the true one of the expected reward, which a sum over all nine levels gives, but for scale."""
+        """The gradient is that of the expected reward, which a sum over all nine levels gives, but for its scale."""
         levels = torch.tensor(RUBRIC.values)
         logits_K = torch.linspace(-0.5, 0.5, len(levels))
         outputs = len(levels)

@@ -19,6 +19,7 @@ from tests.trainers import world_set
 from zscore.cli.app import build_app
 from zscore.errors import ModelError, TableError, UsageError
 from zscore.rubrics.rubric import load_rubric
+from zscore.samples import read_samples
 from zscore.scorer import Scorer
 from zscore.shards import expand
 from zscore_trainers.annotations import BuildOptions, build, write
@@ -114,8 +115,13 @@ class TestRun:
 
     def test_a_teacher_s_scores_are_distilled(self, world, tmp_path):
         teacher = tmp_path / "teacher.parquet"
-        rows = [row(index, shard="world-000000.tar") for index in range(16)]
-        rows[3] = row(3, shard="world-000000.tar", status="bad_image")
+        known = [
+            {"shard": one.shard, "key": one.key, "prompt": one.prompt, "group": one.group}
+            for shard in expand([str(world / "world")])
+            for one in read_samples(shard)
+        ]
+        rows = [row(index, **known[index]) for index in range(16)]
+        rows[3] = row(3, **known[3], status="bad_image")
         write_scores(teacher, rows, rubric=RUBRIC)
         made = train(
             options(world, tmp_path / "run", algorithm="risd", data=str(teacher)),
@@ -164,13 +170,14 @@ def spoken_louder(data):
     return json.dumps(found | {"prompt": found["prompt"] + "!"}).encode()
 
 
-def rewrite(shard, to, ends, change):
-    """A copy of a shard with some of its members changed."""
+def rewrite(shard, to, ends, change, *, rename=False):
+    """A copy of a shard with some of its members changed, or all of other names."""
     with tarfile.open(shard) as old, tarfile.open(to, "w") as new:
         for member in old.getmembers():
             data = old.extractfile(member).read()
             data = change(data) if member.name.endswith(ends) else data
             member.size = len(data)
+            member.name = member.name.replace("p", "q", 1) if rename else member.name
             new.addfile(member, io.BytesIO(data))
 
 
@@ -229,6 +236,59 @@ class TestRefusals:
         changed = options(world, tmp_path / "run", shards=(str(tmp_path / "other"),))
         with pytest.raises(UsageError, match=r"none of the 16 samples of .*annotations\.parquet is in the shards"):
             train(changed, load_recipe("tiny", FAST))
+
+    @pytest.mark.parametrize(
+        ("name", "ends", "change", "said"),
+        [
+            (
+                "prompt",
+                ".json",
+                lambda data: data.replace(b"a small", b"a huge"),
+                "has the prompt 'a .*', in the shards",
+            ),
+            ("key", "", None, "has the key 'p000000c0', in the shards 'q000000c0'"),
+        ],
+    )
+    def test_other_shards_of_the_same_names(self, world, tmp_path, name, ends, change, said):
+        """Their pictures would be trained on with the labels of others."""
+        for shard in (world / "world").glob("*.tar"):
+            rewrite(shard, tmp_path / shard.name, ends, change or (lambda data: data), rename=name == "key")
+        changed = options(world, tmp_path / "run", shards=(str(tmp_path / "world-000000.tar"),))
+        with pytest.raises(TableError, match=said):
+            train(changed, load_recipe("tiny", FAST))
+
+    @pytest.mark.parametrize(
+        ("algorithm", "layout", "wanted"),
+        [
+            ("sft", "reasoning", "joint or layout=separate"),
+            ("gdso", "joint", "reasoning"),
+            ("opd", "separate", "reasoning"),
+        ],
+    )
+    def test_a_layout_that_it_has_no_loss_for(self, world, tmp_path, algorithm, layout, wanted):
+        recipe = load_recipe("tiny", ("steps=1", f"layout={layout}"), algorithm)
+        with pytest.raises(
+            UsageError, match=f"layout is {layout}, which {algorithm} can't learn: --set layout={wanted}"
+        ):
+            train(options(world, tmp_path / "run", algorithm=algorithm), recipe)
+
+    def test_a_prompt_that_is_too_long_is_left_out(self, world, tmp_path):
+        """And not found at the step that draws it."""
+        long = "a small red circle " * 5000
+        (shard,) = (world / "world").glob("*.tar")
+        rewrite(
+            shard,
+            tmp_path / shard.name,
+            "p000002c1.json",
+            lambda data: json.dumps(json.loads(data) | {"prompt": long}).encode(),
+        )
+        table = pl.read_parquet(world / "annotated" / "annotations.parquet")
+        longer = pl.when(pl.col("key") == "p000002c1").then(pl.lit(long)).otherwise("prompt").alias("prompt")
+        table.with_columns(longer).write_parquet(tmp_path / "a.parquet")
+        asked = options(world, tmp_path / "run", shards=(str(tmp_path / shard.name),), data=str(tmp_path / "a.parquet"))
+        made = train(asked, load_recipe("tiny", (*FAST, "steps=1")))
+        assert made.left_out == {"have no readable picture and prompt in the shards": 1}
+        assert made.samples + made.held_out == 15
 
     def test_everything_held_out(self, world, tmp_path):
         with pytest.raises(UsageError, match="all 16 samples are held out: lower held_out"):

@@ -52,7 +52,12 @@ class TestOrder:
         assert Order(1000, 32, 1).indices(77).tolist() != Order(1000, 32, 2).indices(77).tolist()
 
     def test_a_batch_larger_than_the_set(self):
-        assert sorted(Order(3, 9).indices(0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        order = Order(3, 9)
+        assert sorted(order.indices(0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        both = list(zip(order.indices(0).tolist(), order.repeats(0, 0, 1), strict=True))
+        assert sorted(both) == [(number, before) for number in range(3) for before in range(3)]
+        parts = [order.repeats(0, rank, 3) for rank in range(3)]
+        assert [parts[at % 3][at // 3] for at in range(9)] == order.repeats(0, 0, 1)
 
 
 class TestCollator:

@@ -20,12 +20,11 @@ from scipy import stats
 from zscore.errors import TableError, UsageError
 from zscore.human import Aggregation, Ratings, aggregate
 from zscore.samples import read_samples
+from zscore_trainers.targets import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
     from zscore.records import ShardRef
 
@@ -84,7 +83,16 @@ class Annotations:
 
 
 def check_raters(ratings: Ratings, min_agreement: float) -> tuple[Rater, ...]:
-    """Every rater's agreement with the others, best first."""
+    """Every rater's agreement with the others, best first; none where no rater is named.
+
+    Raises:
+        TableError: some ratings name a rater and some don't.
+    """
+    unnamed = ratings.frame["rater"].null_count()
+    if unnamed == ratings.frame.height:
+        return ()
+    if unnamed:
+        raise TableError(f"{ratings.source}: {unnamed:,} of {ratings.frame.height:,} ratings name no rater: name all")
     by = [*ratings.sample, "dimension"]
     total = ratings.frame.with_columns(
         sum=pl.col("score").sum().over(by), count=pl.len().over(by), own=pl.len().over(*by, "rater")
@@ -117,25 +125,18 @@ def build(ratings: Ratings, shards: Iterable[ShardRef], options: BuildOptions) -
     """
     raters = check_raters(ratings, options.min_agreement)
     kept = [rater.name for rater in raters if rater.kept]
-    if not kept:
+    if raters and not kept:
         raise TableError(f"no rater reaches --min-agreement {options.min_agreement}: lower it")
-    admitted = ratings.frame.filter(pl.col("rater").is_in(kept))
+    admitted = ratings.frame.filter(pl.col("rater").is_in(kept)) if raters else ratings.frame
     scored = aggregate(Ratings(admitted, ratings.relative, ratings.source), options.aggregation)
-    labels = scored.with_columns(label=pl.Series(_nearest(scored["score"].to_numpy(), options.values)))
+    label_N = np.asarray(options.values)[nearest(scored["score"].to_numpy(), options.values)]
+    labels = scored.with_columns(label=pl.Series(label_N))
     wide = labels.pivot("dimension", index=ratings.sample, values="label")
     samples = _with_samples(wide, ratings, shards, options)
     dimensions = [name for name in wide.columns if name not in ratings.sample]
     if not samples.height:
         raise TableError(f"none of the {wide.height} rated samples is in the shards: are the keys the same?")
     return Annotations(samples, _pairs(samples, dimensions), raters, wide.height - samples.height)
-
-
-def _nearest(scores_N: NDArray[np.float64], values: Sequence[float]) -> NDArray[np.float64]:
-    """The level nearest to each score; of two, the higher."""
-    falling_K = np.asarray(values, dtype=np.float64)[::-1]
-    apart_NK = np.abs(scores_N[:, None] - falling_K).round(9)
-    nearest_N: NDArray[np.float64] = falling_K[apart_NK.argmin(1)]
-    return nearest_N
 
 
 def _with_samples(

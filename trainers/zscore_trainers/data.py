@@ -10,6 +10,7 @@ Shape suffixes: N samples, B sequences of a batch, D dimensions, K levels.
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -77,6 +78,15 @@ class Order:
     def share(self, step: int, rank: int, ranks: int) -> list[int]:
         """One rank's part of a step's batch."""
         return [int(number) for number in self.indices(step)[rank::ranks]]
+
+    def repeats(self, step: int, rank: int, ranks: int) -> list[int]:
+        """How often each of a rank's part came before in the whole batch, as where the set is smaller than it."""
+        seen: Counter[int] = Counter()
+        found = []
+        for number in self.indices(step).tolist():
+            found.append(seen[number])
+            seen[number] += 1
+        return found[rank::ranks]
 
     def check_ranks(self, ranks: int) -> None:
         """Refuse a batch that the ranks can't share evenly.

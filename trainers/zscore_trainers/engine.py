@@ -160,14 +160,16 @@ class Engine:
         Args:
             on_step: called with the number of steps done and what was logged.
             evaluate: called every `evaluate_every` steps.
-            until: an earlier step to stop after, with a checkpoint; the run can go on from there.
+            until: an earlier step to stop after, with a checkpoint; the run can go on from there. Where steps belong
+                together, those of the last are all taken.
 
         Raises:
             HedgingError: training figures improve while held-out agreement falls; the last checkpoint is kept.
             GradientError: a gradient isn't finite; the last checkpoint is kept.
         """
         config, first = self._config, parallel.rank() == 0
-        last = min(config.steps, until or config.steps)
+        period = getattr(self._algorithm, "period", 1)
+        last = min(config.steps, math.ceil((until or config.steps) / period) * period)
         if first:
             write_whole(self._out / BEGUN, self._settings)
             mend_log(self._out / "log.jsonl")
@@ -275,7 +277,7 @@ class Engine:
 
 
 def deciding(config: EngineConfig) -> dict[str, Any]:
-    """The settings that the weights depend on."""
+    """The settings that a run keeps to its end: its weights, its log or its checkpoints depend on them."""
     return {name: value for name, value in asdict(config).items() if name not in {"patience", "tensorboard"}}
 
 

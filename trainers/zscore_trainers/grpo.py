@@ -213,8 +213,8 @@ class Grpo:
         each = [prompts[pairs[at // 2].dimension] for at, prompts in enumerate(found)]
         prompts = [prompt for prompt in each for _ in range(self._config.group)]
         seeds = [
-            rollout_seed(self.sampling.seed, batch, number, side, i)
-            for number in numbers
+            rollout_seed(self.sampling.seed, batch, number, side, i + self._config.group * before)
+            for number, before in zip(numbers, self.sampling.repeats(self._order, batch), strict=True)
             for side in range(2)
             for i in range(self._config.group)
         ]

@@ -127,9 +127,9 @@ class Opd:
     def _draw(self, numbers: Sequence[int], step: int) -> list[Rollout]:
         found = self.sampling.collator.prompts([number // self._dimensions for number in numbers])
         prompts = [some[number % self._dimensions] for some, number in zip(found, numbers, strict=True)]
-        return self.sampling.rollouts.draw(
-            prompts, [rollout_seed(self.sampling.seed, step, number) for number in numbers]
-        )
+        again = self.sampling.repeats(self._order, step)
+        seeds = [rollout_seed(self.sampling.seed, step, *pair) for pair in zip(numbers, again, strict=True)]
+        return self.sampling.rollouts.draw(prompts, seeds)
 
     def _loss(self, policy: ScorePolicy, some: Sequence[Rollout]) -> tuple[Tensor, float]:
         batch = collate(self.sampling.collator.pad, [(one.prompt, one.written) for one in some])

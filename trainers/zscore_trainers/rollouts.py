@@ -3,7 +3,8 @@
     prompts, seeds → generator (transformers or vLLM; zscore.engines.generate) → Rollout
 
 The generator has weights of its own; `follow` hands over the policy's. Under torchrun every rank has a generator with
-all weights and draws for its own share; seeds know nothing of ranks, so neither do the outputs.
+all weights and draws for its own share; seeds know nothing of ranks, so neither do the outputs, up to the rounding of
+other batches.
 """
 
 from __future__ import annotations
@@ -119,6 +120,10 @@ class Sampling:
     def share(self, order: Order, step: int) -> list[int]:
         """This rank's part of a step's batch."""
         return order.share(step, self.rank, self.ranks)
+
+    def repeats(self, order: Order, step: int) -> list[int]:
+        """How often each of that came before in the batch: such outputs are drawn with other seeds."""
+        return order.repeats(step, self.rank, self.ranks)
 
 
 def rollout_seed(*numbers: int) -> int:

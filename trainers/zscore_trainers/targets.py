@@ -13,7 +13,7 @@ from zscore.tables import is_ok, open_scores
 from zscore_trainers.losses import label_targets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -27,11 +27,21 @@ class Targets(dict[tuple[str, int], "NDArray[np.float32]"]):
     Args:
         found: all of them.
         left_out: what the table lacks: how many samples, by what is wrong with them.
+        said: key and prompt of samples, where the table has them.
+        source: the table.
     """
 
-    def __init__(self, found: Iterable[tuple[tuple[str, int], NDArray[np.float32]]], left_out: dict[str, int]) -> None:
+    def __init__(
+        self,
+        found: Iterable[tuple[tuple[str, int], NDArray[np.float32]]],
+        left_out: dict[str, int],
+        said: Mapping[tuple[str, int], tuple[str | None, str | None]] | None = None,
+        source: str = "the table",
+    ) -> None:
         super().__init__(found)
         self.left_out = {reason: count for reason, count in left_out.items() if count}
+        self._said = said or {}
+        self._source = source
 
     def __contains__(self, sample: object) -> bool:
         """Whether there is a target for a sample, or for a (shard, index)."""
@@ -42,9 +52,34 @@ class Targets(dict[tuple[str, int], "NDArray[np.float32]"]):
         """Of a sample."""
         return self[sample.shard, sample.index]
 
+    def check(self, samples: Iterable[Sample]) -> None:
+        """Refuse shards that the table wasn't made from, though they have the same names.
+
+        Raises:
+            TableError: names the first sample that has another key or prompt there.
+        """
+        for sample in samples:
+            said = self._said.get((sample.shard, sample.index), (None, None))
+            for name, there, here in zip(("key", "prompt"), said, (sample.key, sample.prompt), strict=True):
+                if sample.failure is None and there is not None and there != here:
+                    raise TableError(
+                        f"{self._source}: sample {sample.index} of {sample.shard} has the {name} '{there}', in the"
+                        f" shards '{here}': give the shards that the table was made from"
+                    )
+
+
+SAID = ("key", "prompt")
+"""What a table says of a sample besides its place."""
 
 Kind = Literal["labels", "scores", "either"]
 """Labels of people, distributions of a model, or whichever it is."""
+
+
+def nearest(scores_N: NDArray[np.float64], values: Sequence[float]) -> NDArray[np.int64]:
+    """Number of the level nearest to each score; of two, the higher."""
+    falling_K = np.asarray(values, dtype=np.float64)[::-1]
+    apart_NK = np.abs(scores_N[:, None] - falling_K).round(9)
+    return np.asarray(len(falling_K) - 1 - apart_NK.argmin(1))
 
 
 def read_targets(source: str, rubric: Rubric, split: str = "train", *, kind: Kind = "either") -> Targets:
@@ -96,7 +131,8 @@ def _from_labels(frame: pl.DataFrame, rubric: Rubric, split: str, source: str) -
     left_out = {"have no label on any dimension": int((~some_N).sum())} | {
         f"have no label on {name}, only on others": count for name, count in zip(rubric.names, lacking_D, strict=True)
     }
-    return Targets(_keyed(rows.filter(pl.Series(some_N)), targets_NDK[some_N]), left_out)
+    used = rows.filter(pl.Series(some_N))
+    return Targets(_keyed(used, targets_NDK[some_N]), left_out, _said(used), source)
 
 
 def _from_scores(source: str, rubric: Rubric) -> Targets:
@@ -108,7 +144,8 @@ def _from_scores(source: str, rubric: Rubric) -> Targets:
         )
     columns = [f"{name}_probs" for name in rubric.names]
     scores.require("shard", "index", *columns)
-    frame = scores.frame.filter(is_ok()).select("shard", "index", *columns).collect()
+    own = [name for name in SAID if name in scores.frame.collect_schema()]
+    frame = scores.frame.filter(is_ok()).select("shard", "index", *own, *columns).collect()
     failed = scores.frame.filter(~is_ok()).group_by("status").len().sort("len", descending=True).collect()
     left_out = {f"have no scores ({status})": count for status, count in failed.iter_rows()}
     if not frame.height:
@@ -116,12 +153,22 @@ def _from_scores(source: str, rubric: Rubric) -> Targets:
     probs_NDK = np.stack([np.array(frame[name].to_list(), dtype=np.float64) for name in columns], 1)
     if not np.isfinite(probs_NDK).all():
         raise TableError(f"{source} has distributions that aren't finite: score those rows again")
-    return Targets(_keyed(frame, probs_NDK / probs_NDK.sum(-1, keepdims=True)), left_out)
+    return Targets(_keyed(frame, probs_NDK / probs_NDK.sum(-1, keepdims=True)), left_out, _said(frame), source)
+
+
+def _places(frame: pl.DataFrame) -> list[tuple[str, int]]:
+    return list(zip(frame["shard"].cast(pl.String).to_list(), map(int, frame["index"].to_list()), strict=True))
+
+
+def _said(frame: pl.DataFrame) -> dict[tuple[str, int], tuple[str | None, str | None]]:
+    """Key and prompt of every row, as far as there are such columns."""
+    nothing = [None] * frame.height
+    both = (frame[name].cast(pl.String).to_list() if name in frame.columns else nothing for name in SAID)
+    return dict(zip(_places(frame), zip(*both, strict=True), strict=True))
 
 
 def _keyed(
     frame: pl.DataFrame, targets_NDK: NDArray[np.float64]
 ) -> Iterator[tuple[tuple[str, int], NDArray[np.float32]]]:
-    places = zip(frame["shard"].cast(pl.String).to_list(), frame["index"].to_list(), strict=True)
-    for (shard, index), one in zip(places, targets_NDK, strict=True):
-        yield (shard, int(index)), one.astype(np.float32)
+    for place, one in zip(_places(frame), targets_NDK, strict=True):
+        yield place, one.astype(np.float32)

@@ -15,6 +15,7 @@ import numpy as np
 from zscore.errors import TableError
 from zscore_trainers.rewarddance import Told
 from zscore_trainers.sequences import given
+from zscore_trainers.targets import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -105,7 +106,7 @@ def read_told(source: str, rubric: Rubric) -> ToldTable:
             said = json.loads(line)
             sample = (said["shard"], int(said["index"])) if "shard" in said else said["key"]
             dimension = rubric.names.index(said["dimension"])
-            found = Words(str(said["reasoning"]), _nearest(float(said["score"]), rubric.values))
+            found = Words(str(said["reasoning"]), _level(float(said["score"]), rubric.values))
         except (ValueError, KeyError, TypeError) as error:
             wanted = "a JSON object with key, dimension (of the rubric), reasoning and score is wanted"
             raise TableError(f"{source}, line {number}: {wanted} ({error})") from error
@@ -117,7 +118,7 @@ def read_told(source: str, rubric: Rubric) -> ToldTable:
     return ToldTable(words, rubric, source)
 
 
-def _nearest(score: float, values: Sequence[float]) -> int:
+def _level(score: float, values: Sequence[float]) -> int:
     if not values[0] <= score <= values[-1]:
         raise ValueError(f"a score of {score} is outside {values[0]:g} to {values[-1]:g}")
-    return int(np.abs(np.asarray(values) - score).argmin())
+    return int(nearest(np.array([score]), values)[0])

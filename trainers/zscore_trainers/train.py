@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from zscore.checkpoint import Checkpoint
-    from zscore.records import Sample
+    from zscore.records import Failure, Sample
     from zscore.rubrics.rubric import Rubric
     from zscore_trainers.engine import Algorithm
     from zscore_trainers.pictures import Place
@@ -106,13 +106,19 @@ def train(
         recipe = for_algorithm(recipe, options.algorithm)
     checkpoint = read_checkpoint(options.model)
     rubric = load_rubric(recipe.rubric)
+    _check_layout(options.algorithm, choice, recipe)
     targets = _targets(options, choice, rubric)
     builder = PromptBuilder(
-        checkpoint.path, rubric, recipe.layout, merge=checkpoint.merge, max_tokens=min(checkpoint.max_tokens, 16_384)
+        checkpoint.path,
+        rubric,
+        recipe.layout,
+        merge=checkpoint.merge,
+        max_tokens=min(checkpoint.max_tokens, 16_384) - getattr(recipe.algorithm, "max_tokens", 0),
     )
+    fits = partial(builder.unfit, picture=recipe.max_pixels // (checkpoint.patch * checkpoint.merge) ** 2)
     with parallel.started(getattr(torch, recipe.dtype)) as device:
         _check_ranks(choice, recipe)
-        data = parallel.from_first(lambda: _read_data(options, recipe, targets))
+        data = parallel.from_first(lambda: _read_data(options, recipe, targets, fits))
         if on_ready is not None and parallel.rank() == 0:
             on_ready(len(data.train.samples), len(data.held_out.samples) if data.held_out else 0)
         torch.manual_seed(recipe.seed)
@@ -175,6 +181,13 @@ def _targets(options: TrainOptions, choice: Choice, rubric: Rubric) -> Targets |
     return read_targets(options.data, rubric, kind=choice.data)
 
 
+def _check_layout(name: str, choice: Choice, recipe: Recipe) -> None:
+    """Refuse a layout that the algorithm has no loss for."""
+    if choice.reasons != (recipe.layout == "reasoning"):
+        wanted = "reasoning" if choice.reasons else "joint or layout=separate"
+        raise UsageError(f"layout is {recipe.layout}, which {name} can't learn: --set layout={wanted}")
+
+
 def _check_ranks(choice: Choice, recipe: Recipe) -> None:
     """Refuse what several processes can't do, before anything is read."""
     if parallel.ranks() > 1 and choice.writes and recipe.rollouts == "vllm":
@@ -194,12 +207,14 @@ def _prepare_folder(options: TrainOptions) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
 
 
-def _read_data(options: TrainOptions, recipe: Recipe, targets: Targets | ToldTable) -> _Data:
+def _read_data(
+    options: TrainOptions, recipe: Recipe, targets: Targets | ToldTable, fits: Callable[[str], Failure | None]
+) -> _Data:
     """Copy the pictures, and share the samples out between training and evaluation."""
     _prepare_folder(options)
     found = collect(expand(options.shards), options.out / "pictures.bin", targets.__contains__)
-    if isinstance(targets, ToldTable):
-        targets.check(sample for sample, _ in found)
+    targets.check(sample for sample, _ in found)
+    found = [(_fitting(sample, fits), place) for sample, place in found]
     good = [(sample, place) for sample, place in found if sample.failure is None]
     bad = [f"'{sample.key}' of {sample.shard}: {sample.failure.error}" for sample, _ in found if sample.failure]
     if bad and not good:
@@ -214,6 +229,12 @@ def _read_data(options: TrainOptions, recipe: Recipe, targets: Targets | ToldTab
     if len(good) < len(targets):
         left_out["have no readable picture and prompt in the shards"] = len(targets) - len(good)
     return _Data(_train_set(rest, targets), _train_set(held, targets) if held else None, left_out)
+
+
+def _fitting(sample: Sample, fits: Callable[[str], Failure | None]) -> Sample:
+    """With its failure, where its prompt can't be trained on: found here, and not at the step that draws it."""
+    failure = sample.failure or fits(sample.prompt)
+    return sample if failure is None else replace(sample, failure=failure)
 
 
 def _train_set(pairs: Sequence[tuple[Sample, Place]], targets: Targets | ToldTable) -> TrainSet:

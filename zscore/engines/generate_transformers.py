@@ -52,6 +52,8 @@ class TransformersGenerator:
         device = pick_device("auto")
         self.dtype = pick_dtype(config.dtype, device)
         self._model = load_model(model, getattr(torch, self.dtype), device)
+        # Else what the checkpoint's generation_config.json wants is applied before our draws: a penalty, a top-k.
+        self._model.generation_config = transformers.GenerationConfig()
         self._scaling = Scaling(model, self._model.config, device, self._model.dtype)
         self._shapes = weight_shapes(model)
         self._levels_K = torch.tensor(list(level_token_ids), device=device)

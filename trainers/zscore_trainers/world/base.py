@@ -226,7 +226,7 @@ def load(folder: Path) -> Any:
 
 
 def ratings(truth: float, rubric: Rubric) -> NDArray[np.float64]:
-    """How many of the raters would give each level: their spread around the truth, without their leanings."""
+    """Levels as raters spread around the truth, by a normal law cut off at the ends; none leans, unlike `rate`'s."""
     values_K = np.asarray(rubric.values)
     weights_K = np.exp(-((values_K - truth) ** 2) / (2 * spread(truth) ** 2))
     return np.asarray(weights_K / weights_K.sum())
