@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ import polars as pl
 from _common import report
 
 from zscore.agreement import Bootstrap, correlations, count_pairs
+from zscore.checkpoint import weights_hash
 from zscore.cli.app import build_app
 from zscore_trainers.world.base import make_base
 from zscore_trainers.world.gates import gates, read_truth
@@ -191,6 +193,18 @@ def relabel(reasonings: Path, labels: Path, out: Path) -> None:
     said.write_ndjson(out)
 
 
+def same_study(work: Path, now: dict[str, Any]) -> None:
+    """Refuse a folder whose results are of another configuration or base."""
+    file = work / "study.json"
+    if not file.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(now))
+    before = json.loads(file.read_text())
+    if before != now:
+        other = ", ".join(sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)))
+        sys.exit(f"{work} holds results with another {other}: give an empty folder")
+
+
 def base_model(work: Path, study: Study) -> Path:
     """What everything starts from, made if it isn't there."""
     made = work / "base" / "model"
@@ -213,7 +227,10 @@ class Found:
 
 
 def read(scores: Path, truth: pl.DataFrame) -> Found:
-    """Expected scores beside the true ones; an output without a score counts as the middle of the scale."""
+    """Expected scores beside the true ones.
+
+    A picture of which one output came to no score has failed, and counts as the middle of the scale on all dimensions.
+    """
     rows = pl.read_parquet(scores).join(truth, on="key", suffix="_true").sort("shard", "index")
     assert rows.height == truth.height
     score_ND = rows.select(pl.col(DIMENSIONS).fill_null(3.0)).to_numpy().astype(np.float64).round(9)
@@ -348,6 +365,7 @@ def main() -> None:
     work, study = given.work.resolve(), Study()
     base = (given.base or base_model(work, study)).resolve()
     options = WorldOptions(split="test", prompts=study.test_prompts, candidates=study.candidates, seed=1000)
+    same_study(work, {**asdict(study), "base": weights_hash(base)})
     draw(work / "test", options)
     for seed in given.seeds:
         Runner(work, base, seed, study).run()
@@ -359,7 +377,14 @@ def main() -> None:
     about = json.loads((base / "zscore.json").read_text())["trained"]
     report(
         "world_study",
-        {"study": asdict(study), "base": about, "seeds": given.seeds, "train_seconds": seconds, **compared},
+        {
+            "study": asdict(study),
+            "base": about,
+            "base_weights": weights_hash(base),
+            "seeds": given.seeds,
+            "train_seconds": seconds,
+            **compared,
+        },
     )
 
 

@@ -139,6 +139,7 @@ class TestMerge:
 
     def test_one_without_a_score_is_left_out(self):
         found = merge([no_score(9, 9), self.scores(0, 0, 50), self.scores(50, 0, 0), no_score(9, 9)], 2, VALUES)
+        assert found.output_tokens == 9 + 5 + 5 + 9
         np.testing.assert_allclose(found.mean_D, [3, 1], atol=1e-6)
         assert found.reasoning == ("", "so", "so", "")
 

@@ -104,7 +104,8 @@ def from_level_logits(logits_K: np.ndarray, values: Sequence[float]) -> LevelSco
 def merge(parts: Sequence[LevelScores | Failure], dimensions: int, values: Sequence[float]) -> LevelScores | Failure:
     """Scores of a sample from its reasonings, those about one dimension next to each other.
 
-    The distribution of a dimension is the mean of those of its R reasonings; one without a score is left out.
+    The distribution of a dimension is the mean of those of its R reasonings; one without a score is left out, but its
+    tokens count. A sample is scored on all dimensions or has failed: no row of a table is half a score.
 
     Returns:
         Scores, or the first failure where a dimension has no reasoning with a score.
@@ -116,12 +117,11 @@ def merge(parts: Sequence[LevelScores | Failure], dimensions: int, values: Seque
         if not found:
             return next(part for part in parts[first : first + each] if isinstance(part, Failure))
         probs_DK.append(np.mean([part.probs_DK[0] for part in found], axis=0, dtype=np.float64))
-    scored = [part for part in parts if isinstance(part, LevelScores)]
     return _described(
         np.stack(probs_DK),
         values,
         tuple(part.reasoning[0] if isinstance(part, LevelScores) else "" for part in parts),
-        sum(part.output_tokens for part in scored),
+        sum(part.output_tokens for part in parts),
     )
 
 
@@ -146,4 +146,4 @@ def no_score(tokens: int, limit: int) -> Failure:
     """The failure of an output without a score."""
     cut = f"the model wrote {tokens} tokens and no score: raise --max-output-tokens (now {limit})"
     ended = f"the model ended its answer after {tokens} tokens without a score: was it trained to reason?"
-    return Failure(Status.NO_SCORE, cut if tokens >= limit else ended)
+    return Failure(Status.NO_SCORE, cut if tokens >= limit else ended, tokens)

@@ -54,6 +54,8 @@ class Failure:
     status: Status
     error: str
     """One line: the value, the limit, the fix."""
+    output_tokens: int = 0
+    """Written without coming to a score."""
 
 
 @dataclass(frozen=True, slots=True)

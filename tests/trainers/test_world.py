@@ -180,3 +180,14 @@ def test_files_are_ordinary_shards_with_ratings_and_truth(tmp_path):
     write_world(tmp_path / "two", options)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_a_set_that_was_cut_off_has_no_tables(tmp_path, monkeypatch):
+    """Not even those of an older set: who finds truth.csv takes the set for whole."""
+    options = WorldOptions(prompts=2, candidates=1)
+    write_world(tmp_path, options)
+    pngs = "zscore_trainers.world.shards._pngs"
+    monkeypatch.setattr(pngs, lambda scenes: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_world(tmp_path, options)
+    assert [path.name for path in tmp_path.iterdir()] == ["world-000000.tar"]

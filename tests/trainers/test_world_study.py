@@ -78,13 +78,21 @@ def test_what_is_not_trained_is_scored_once_for_all_seeds(study, tmp_path):
     assert study.scores_of(tmp_path, 0, by_name["gdso"]) != study.scores_of(tmp_path, 1, by_name["gdso"])
 
 
-def test_an_output_without_a_score_counts_as_the_middle(study, work):
+def test_a_folder_is_of_one_study(study, tmp_path):
+    study.same_study(tmp_path / "work", {"steps": 40, "base": "a"})
+    study.same_study(tmp_path / "work", {"steps": 40, "base": "a"})
+    with pytest.raises(SystemExit, match="holds results with another base, steps: give an empty folder"):
+        study.same_study(tmp_path / "work", {"steps": 41, "base": "b"})
+
+
+def test_a_picture_without_scores_counts_as_the_middle(study, work):
     path = work / "seed-0" / "gdso.parquet"
     rows = pl.read_parquet(path)
-    rows.with_columns(pl.lit(None, pl.Float64).alias("realism"), pl.lit("failed").alias("status")).write_parquet(path)
+    nothing = [pl.lit(None, pl.Float64).alias(name) for name in DIMENSIONS]  # as `zscore score` writes a failed row
+    rows.with_columns(*nothing, pl.lit("no_score").alias("status")).write_parquet(path)
     truth = pl.read_csv(work / "test" / "truth.csv").pivot("dimension", index="key", values="score")
     found = study.read(path, truth)
-    assert (found.score_ND[:, DIMENSIONS.index("realism")] == 3).all()
+    assert (found.score_ND == 3).all()
     assert found.valid == 0
 
 

@@ -86,7 +86,10 @@ def train_scenes(count: int, rng: random.Random) -> list[Scene]:
 
 
 def write_world(folder: Path, options: WorldOptions) -> list[Path]:
-    """Write the files; returns the shards' paths. The same options give the same bytes."""
+    """Write the files; returns the shards' paths. The same options give the same bytes.
+
+    The tables beside the shards appear when all is written, so a set that has them is whole.
+    """
     import webdataset
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +114,10 @@ class _Tables:
 
     def __init__(self, folder: Path) -> None:
         self._stack = contextlib.ExitStack()
-        names = ("ratings.csv", "truth.csv", "reasoning.jsonl")
-        opened = [self._stack.enter_context((folder / name).open("w", newline="")) for name in names]
+        self._files = [folder / name for name in ("ratings.csv", "truth.csv", "reasoning.jsonl")]
+        for file in self._files:
+            file.unlink(missing_ok=True)
+        opened = [self._stack.enter_context(_draft(file).open("w", newline="")) for file in self._files]
         self._ratings, self._truth = (csv.writer(file, lineterminator="\n") for file in opened[:2])
         self._words = opened[2]
         self._ratings.writerow(("key", "rater", "dimension", "score"))
@@ -121,8 +126,13 @@ class _Tables:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         self._stack.close()
+        for file in sorted(self._files):  # truth.csv last
+            if error is None:
+                _draft(file).rename(file)
+            else:
+                _draft(file).unlink()
 
     def add(self, key: str, scene: Scene, raters: int) -> None:
         for rater in range(raters):
@@ -132,6 +142,10 @@ class _Tables:
             self._truth.writerow((key, name, score))
             said = {"key": key, "dimension": name, "reasoning": reasoning(scene, name), "score": score}
             self._words.write(json.dumps(said) + "\n")
+
+
+def _draft(file: Path) -> Path:
+    return file.with_name(f"{file.name}.draft")
 
 
 def _pngs(scenes: list[Scene]) -> Iterator[bytes]:
