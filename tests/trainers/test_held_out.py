@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from zscore_trainers.guard import WATCHED, Guard
 from zscore_trainers.held_out import HeldOut, HeldOutReasoning
@@ -26,14 +27,14 @@ def held_out(labels_ND=LABELS_ND):
 class Alike:
     """Rollouts of a policy that has lost its format, or that gives everything one score."""
 
-    def __init__(self, probs_K):
-        self.probs_K = probs_K
+    def __init__(self, score_at):
+        self.score_at = score_at
 
     def follow(self, policy):
         pass
 
     def draw(self, prompts, seeds):
-        return [Rollout(one, Written((9,), None), np.zeros(1, np.float32), self.probs_K) for one in prompts]
+        return [Rollout(one, Written((9,), self.score_at), np.zeros(1, np.float32), None) for one in prompts]
 
 
 class TestCollapse:
@@ -53,13 +54,14 @@ class TestCollapse:
         found = held_out(np.full((4, 2), 3)).agreement(np.arange(8, dtype=np.float32).reshape(4, 2))
         assert not PLCC & found.keys()
 
-    @pytest.mark.parametrize("probs_K", [None, np.array([0, 1, 0], np.float32)], ids=["no score", "one score"])
-    def test_outputs_that_are_all_alike(self, probs_K):
+    @pytest.mark.parametrize("score_at", [None, 0], ids=["no score", "one score"])
+    def test_outputs_that_are_all_alike(self, score_at):
         direct = held_out()
         direct.prompts = lambda numbers: [["a", "b"] for _ in numbers]
-        found = HeldOutReasoning(direct, Alike(probs_K))(None)
+        direct.read = lambda policy, drawn: torch.full((len(drawn),), 3.0 if score_at is None else 4.0)
+        found = HeldOutReasoning(direct, Alike(score_at))(None)
         assert found[WATCHED] == 0
-        assert found["held_out_valid"] == (probs_K is not None)
+        assert found["held_out_valid"] == (score_at is not None)
 
     def test_the_guard_sees_it(self):
         """Agreement that falls and then is gone altogether, while the loss goes on falling."""

@@ -148,6 +148,8 @@ class TestRollouts:
     def test_the_trainer_reads_what_the_generator_sampled(self, sampling, policy):
         found, _ = learned(gdso(sampling), policy)
         assert found["drift"] < 1e-3
+        assert found["score_drift"] < 1e-3
+        assert 0.9 < found["mass"] <= 1 + 1e-5
         assert found["valid"] == 1
         assert 5 < found["output_tokens"] < LIMIT
 
@@ -226,6 +228,8 @@ class TestGdso:
             output_NT=torch.ones(2 * outputs, 1, dtype=torch.bool),
             score_NT=torch.ones(2 * outputs, 1, dtype=torch.bool),
             reference_NT=None,
+            probs_NK=logits_K.softmax(-1).expand(2 * outputs, -1),
+            mass_N=torch.ones(2 * outputs),
         )
         options = {"batch_size": 1, "group": outputs, "beta": 0.0, "reward_from": "text", "lambda_pw": 0.0}
         algorithm = Grpo(GrpoConfig(preset=preset, most=math.inf, **options), Order(1, 1), [PAIR], sampling)
@@ -366,6 +370,8 @@ class TestLoss:
             output_NT=self.OUTPUT,
             score_NT=self.SCORE,
             reference_NT=None,
+            probs_NK=torch.zeros(4, 9),
+            mass_N=torch.ones(4),
         )
         config = GrpoConfig(batch_size=1, group=2, beta=0, **options)
         algorithm = Grpo(config, Order(1, 1), [PAIR], sampling)
@@ -403,6 +409,19 @@ class TestReference:
             gdso(sampling, beta=0.1)
 
 
+class Doubting(Rollouts):
+    """Says of its tokens that they are less likely than they are."""
+
+    def __init__(self, rollouts, apart):
+        self._rollouts, self._apart = rollouts, apart
+
+    def follow(self, policy):
+        self._rollouts.follow(policy)
+
+    def draw(self, prompts, seeds):
+        return [replace(one, logprob_T=one.logprob_T - self._apart) for one in self._rollouts.draw(prompts, seeds)]
+
+
 class TestOpd:
     def opd(self, sampling, teacher, **options):
         config = OpdConfig(**({"batch_size": 4} | options))
@@ -414,6 +433,13 @@ class TestOpd:
         assert abs(found["reverse_kl"]) < 1e-4
         assert gradient.norm() < 1e-2
         assert found["valid"] == 1
+
+    @pytest.mark.parametrize(("against", "apart"), [("old", 0.5), ("live", 0.0)])
+    def test_whose_probabilities_the_teacher_s_are_compared_with(self, sampling, policy, model, against, apart):
+        """A generator that finds each of its tokens less likely than the student does, by half a nat."""
+        doubting = replace(sampling, rollouts=Doubting(sampling.rollouts, apart=0.5))
+        found, _ = learned(self.opd(doubting, world_set.load(model), against=against), policy)
+        assert found["reverse_kl"] == pytest.approx(-apart, abs=1e-3)
 
     def test_goes_towards_the_teacher(self, sampling, policy, model, tmp_path):
         """What the teacher writes becomes likelier to a student that was made unsure of it."""

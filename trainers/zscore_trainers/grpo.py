@@ -110,6 +110,10 @@ class Sampled(NamedTuple):
     output_NT: Tensor
     score_NT: Tensor
     reference_NT: Tensor | None
+    probs_NK: Tensor
+    """The generator's distributions at the scores; zeros without a score."""
+    mass_N: Tensor
+    """And the mass that it has on the level tokens there."""
 
     def gathered(self) -> Sampled:
         """Those of all ranks, in their order."""
@@ -235,11 +239,12 @@ class Grpo:
         back = torch.argsort(torch.tensor(order))
         level_of = {token: at for at, token in enumerate(self._collator.builder.level_ids)}
         text_N = torch.full((len(drawn),), float("nan"))
-        sampled_NT = torch.zeros(len(drawn), width)
+        sampled_NT, probs_NK = torch.zeros(len(drawn), width), torch.zeros(len(drawn), len(self._values_K))
         for row, one in enumerate(drawn):
             sampled_NT[row, : len(one.logprob_T)] = torch.from_numpy(one.logprob_T)
             if one.written.score_at is not None:
                 text_N[row] = self._values_K[level_of[one.written.tokens[one.written.score_at]]]
+                probs_NK[row] = torch.from_numpy(one.probs_K)
         reference = self.reference
         return Sampled(
             label_PJ=torch.tensor([self._pairs[number].labels for number in numbers]),
@@ -249,6 +254,8 @@ class Grpo:
             output_NT=torch.cat([at_left(batch.output_BT, batch, width) for batch in batches])[back],
             score_NT=torch.cat([at_left(batch.score_BT, batch, width) for batch in batches])[back],
             reference_NT=None if reference is None else torch.cat([reference(batch, width) for batch in batches])[back],
+            probs_NK=probs_NK,
+            mass_N=torch.tensor([one.mass for one in drawn]),
         )
 
     def advantages(self, sampled: Sampled, logits_NK: Tensor, logged: dict[str, float]) -> Tensor:
@@ -267,6 +274,11 @@ class Grpo:
         )
         logged["reward"] = float(reward_PJG.mean())
         logged["valid"] = float(valid_PJG.float().mean())
+        valid_N = sampled.valid_N.to(device)
+        if valid_N.any():
+            apart_NK = logits_NK.detach().softmax(-1) - sampled.probs_NK.to(device)
+            logged["score_drift"] = float(apart_NK[valid_N].abs().max())
+            logged["mass"] = float(sampled.mass_N[sampled.valid_N].mean())
         logged["output_tokens"] = float(sampled.output_NT.sum(-1).float().mean())
         return losses.group_advantages(reward_PJG).flatten()
 

@@ -17,6 +17,7 @@ from zscore.agreement import accuracies, count_pairs
 from zscore_trainers import parallel
 from zscore_trainers.rewarddance import told_batch
 from zscore_trainers.rollouts import rollout_seed
+from zscore_trainers.sequences import collate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from zscore_trainers.data import Collator
     from zscore_trainers.policy import ScorePolicy
     from zscore_trainers.rewarddance import Told
-    from zscore_trainers.rollouts import Rollouts
+    from zscore_trainers.rollouts import Rollout, Rollouts
 
 
 def is_held_out(prompt: str, share: float) -> bool:
@@ -63,6 +64,18 @@ class HeldOut:
     def __call__(self, policy: ScorePolicy) -> Mapping[str, float]:
         """PLCC and pair accuracy (HPA) of each dimension and of their mean; on all ranks, which share the work."""
         return self.agreement(self._means(policy))
+
+    @torch.no_grad()
+    def read(self, policy: ScorePolicy, drawn: Sequence[Rollout]) -> Tensor:
+        """The policy's expected scores behind outputs, (N,); nothing of meaning where an output has none."""
+        device = next(policy.parameters()).device
+        found = []
+        for start in range(0, len(drawn), self._batch):
+            some = [(one.prompt, one.written) for one in drawn[start : start + self._batch]]
+            batch = collate(self._collate.pad, some).policy
+            probs_BK = policy(batch.to(device), with_logprobs=False).score_logits_BDK[:, 0].softmax(-1)
+            found.append(probs_BK.cpu() @ self._values)
+        return torch.cat(found)
 
     def agreement(self, mu_ND: NDArray[np.float32]) -> Mapping[str, float]:
         """Of expected scores with the targets', where there are any; scores that are all alike have a PLCC of 0."""
@@ -139,7 +152,8 @@ class HeldOutTold:
 class HeldOutReasoning:
     """The same for a policy that reasons: one rollout a picture and dimension, with the same seeds every time.
 
-    An output without a score counts as the middle of the scale, which orders nothing. Ranks share the samples out.
+    The policy itself reads the scores, whatever wrote the outputs. An output without one counts as the middle of the
+    scale, which orders nothing. Ranks share the samples out.
     """
 
     def __init__(self, direct: HeldOut, rollouts: Rollouts) -> None:
@@ -149,20 +163,27 @@ class HeldOutReasoning:
     def __call__(self, policy: ScorePolicy) -> Mapping[str, float]:
         """PLCC, pair accuracy and the share of outputs with a score; on all ranks."""
         self._rollouts.follow(policy)
-        mu_ND, valid_N = self._drawn(range(parallel.rank(), len(self._direct), parallel.ranks()))
-        return {**self._direct.agreement(mu_ND.numpy()), "held_out_valid": float(valid_N.mean())}
+        mu_ND, valid_ND = self._drawn(policy)
+        return {**self._direct.agreement(mu_ND.numpy()), "held_out_valid": float(valid_ND.mean())}
 
-    def _drawn(self, mine: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Expected scores of all samples, (N, D), and 1 where an output has one; this rank draws for some of them."""
-        values_K, wide = np.asarray(self._direct.values), len(self._direct.names)
-        prompts = [one for found in self._direct.prompts(mine) for one in found]
-        numbers = [number * wide + column for number in mine for column in range(wide)]
-        drawn = self._rollouts.draw(prompts, [rollout_seed(number) for number in numbers])
-        mu_N, valid_N = torch.zeros(2, len(self._direct) * wide)
-        for number, one in zip(numbers, drawn, strict=True):
-            valid_N[number] = one.probs_K is not None
-            mu_N[number] = float(values_K[[0, -1]].mean() if one.probs_K is None else one.probs_K @ values_K)
-        return parallel.summed(mu_N).view(-1, wide), parallel.summed(valid_N)
+    def _drawn(self, policy: ScorePolicy) -> tuple[Tensor, Tensor]:
+        """Expected scores of all samples, and 1 where an output has one, both (N, D); this rank draws for some of them.
+
+        All ranks draw for as many, for each forward pass needs all of them; what one repeats for that is dropped.
+        """
+        count, wide = len(self._direct), len(self._direct.names)
+        mine = list(range(parallel.rank(), count, parallel.ranks()))
+        drawn_for = [*mine, *[0] * (-(-count // parallel.ranks()) - len(mine))]
+        prompts = [one for found in self._direct.prompts(drawn_for) for one in found]
+        seeds = [rollout_seed(number * wide + column) for number in drawn_for for column in range(wide)]
+        drawn = self._rollouts.draw(prompts, seeds)
+        scored_N = torch.tensor([one.written.score_at is not None for one in drawn])
+        middle = sum(self._direct.values[at] for at in (0, -1)) / 2
+        mu_N = torch.where(scored_N, self._direct.read(policy, drawn), middle)
+        mu_ND, valid_ND = torch.zeros(2, count, wide)
+        mu_ND[mine] = mu_N.view(-1, wide)[: len(mine)]
+        valid_ND[mine] = scored_N.float().view(-1, wide)[: len(mine)]
+        return parallel.summed(mu_ND), parallel.summed(valid_ND)
 
 
 def _group(sample: Sample) -> str:

@@ -2,7 +2,8 @@
 
 The student writes, the teacher says how likely it finds each token, and the difference is the token's advantage. Two
 variants: with `live` the advantage is measured against the student as it is in this step, else (the paper's) against
-the student that wrote.
+the student that wrote. A batch serves one step, so they are as far apart as the generator's arithmetic is from the
+trainer's: nothing in float32, something where vLLM writes in bfloat16.
 """
 
 from __future__ import annotations
@@ -114,15 +115,17 @@ class Opd:
         self.sampling.rollouts.follow(policy)
         drawn = self._draw(numbers, step)
         drawn = [drawn[at] for at in by_length(drawn)]
-        totals = torch.zeros(3, dtype=torch.float64)
+        totals = torch.zeros(4, dtype=torch.float64)
         for start in range(0, len(drawn), self._config.micro_batch):
             some = drawn[start : start + self._config.micro_batch]
             loss, advantage = self._loss(policy, some)
             (loss * (len(some) / len(drawn))).backward()  # type: ignore[no-untyped-call]
             valid = sum(one.written.score_at is not None for one in some)
-            totals += torch.tensor([float(loss.detach()) * len(some), advantage * len(some), valid])
-        loss_mean, advantage_mean, valid_share = (totals / len(drawn)).tolist()
-        return {"loss": loss_mean, "reverse_kl": -advantage_mean, "valid": valid_share}
+            mass = sum(one.mass for one in some)
+            totals += torch.tensor([float(loss.detach()) * len(some), advantage * len(some), valid, mass])
+        loss_mean, advantage_mean, valid_share, mass_mean = (totals / len(drawn)).tolist()
+        mass = mass_mean / valid_share if valid_share else 0.0
+        return {"loss": loss_mean, "reverse_kl": -advantage_mean, "valid": valid_share, "mass": mass}
 
     def _draw(self, numbers: Sequence[int], step: int) -> list[Rollout]:
         found = self.sampling.collator.prompts([number // self._dimensions for number in numbers])

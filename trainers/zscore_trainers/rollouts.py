@@ -47,7 +47,9 @@ class Rollout:
     logprob_T: NDArray[np.float32]
     """Of each token, as the generator sampled it."""
     probs_K: NDArray[np.float32] | None
-    """The generator's own distribution at the score, to see how far it is from the trainer's; None without one."""
+    """The generator's own distribution at the score, to see how far it is from the policy's; None without one."""
+    mass: float = 0.0
+    """Of the level tokens at the score, as the generator has it."""
 
     def __len__(self) -> int:
         """Tokens of the prompt and the output."""
@@ -92,11 +94,12 @@ class Rollouts:
 
     def _rollout(self, prompt: EnginePrompt, output: Output) -> Rollout:
         at = self._finder.find(output.tokens)
-        probs_K = None
-        if at is not None:
-            weights_K = np.exp(output.level_logprob_TK[at] - output.level_logprob_TK[at].max())
-            probs_K = weights_K / weights_K.sum()
-        return Rollout(prompt, Written(output.tokens, at), output.logprob_T, probs_K)
+        written = Written(output.tokens, at)
+        if at is None:
+            return Rollout(prompt, written, output.logprob_T, None)
+        weights_K = np.exp(output.level_logprob_TK[at] - output.level_logprob_TK[at].max())
+        mass = float(np.exp(output.level_logprob_TK[at]).sum())
+        return Rollout(prompt, written, output.logprob_T, weights_K / weights_K.sum(), mass)
 
     def close(self) -> None:
         """Free the generator."""
