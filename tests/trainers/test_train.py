@@ -78,15 +78,19 @@ class TestRun:
         assert [any(name.startswith("hpa") for name in found) for found in steps] == [False, True, False, True]
         assert set(trained.metrics) >= {"plcc_realism", "plcc_overall", "hpa_overall"}
 
-    def test_the_result_is_served_at_once_with_the_scores_that_training_saw(self, made, world):
-        """bfloat16 on disk: distributions within 2e-2 of the float32 policy's."""
-        out, trained, _ = made
+    @pytest.mark.parametrize(
+        ("engine", "dtype", "apart"),
+        [("transformers", "float32", 1e-4), pytest.param("vllm", "bfloat16", 2e-2, marks=pytest.mark.vllm)],
+    )
+    def test_the_result_is_served_at_once_with_the_scores_that_training_saw(self, made, tmp_path, engine, dtype, apart):
+        """Both engines read the checkpoint as it was exported; vLLM computes in bfloat16."""
+        _, trained, _ = made
         about = json.loads((trained.model / "zscore.json").read_text())
         assert (about["rubric"], about["layout"], about["max_pixels"]) == ("shapes", "joint", 9216)
         assert "sft on" in about["trained"]
         assert json.loads((trained.model / "config.json").read_text())["dtype"] == "bfloat16"
-        train_set = world_set.world_set(out / "again", prompts=8)
-        collate = world_set.collator(train_set, out / "again", trained.model)
+        train_set = world_set.world_set(tmp_path / "again", prompts=8)
+        collate = world_set.collator(train_set, tmp_path / "again", trained.model)
         policy = world_set.load(trained.model)
         with torch.no_grad():
             wanted = policy(collate(range(3))[0], with_logprobs=False).score_logits_BDK.softmax(-1).numpy()
@@ -95,14 +99,14 @@ class TestRun:
         pictures = []
         for index in range(3):
             place = train_set.places[index]
-            data = (out / "again" / "pictures.bin").read_bytes()[place.start : place.start + place.size]
+            data = (tmp_path / "again" / "pictures.bin").read_bytes()[place.start : place.start + place.size]
             pictures.append((train_set.samples[index].prompt, Image.open(io.BytesIO(data))))
         collate.pictures.close()
-        with Scorer(str(trained.model), engine="transformers", dtype="float32") as scorer:
+        with Scorer(str(trained.model), engine=engine, dtype=dtype) as scorer:
             found = scorer.score(pictures)
         for mine, theirs in zip(found, wanted, strict=True):
             probs = np.stack([mine[name].probs for name in RUBRIC.names])
-            np.testing.assert_allclose(probs, theirs, atol=1e-4)
+            np.testing.assert_allclose(probs, theirs, atol=apart)
 
     def test_a_second_run_into_the_folder_is_refused_but_for_resume(self, made, world):
         out, _, _ = made
