@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -261,12 +261,13 @@ def make_base(
         see(prepare(build_student(draft, seed=seed, text=TEXT), seed), seed, log)
         draft.rename(start)
     torch.manual_seed(seed)
-    algorithm = Base(BaseConfig(), load_rubric(recipe.rubric), start, seed)
+    how = BaseConfig()
+    algorithm = Base(how, load_rubric(recipe.rubric), start, seed)
     policy = ScorePolicy(load(start), algorithm.level_ids)
     config = EngineConfig(
         steps=steps, optimizer="muon", learning_rate=2e-3, final_share=0.05, warmup=20, save_every=SAVE_EVERY
     )
-    engine = Engine(policy, algorithm, config, out, {"seed": seed})
+    engine = Engine(policy, algorithm, config, out, {"seed": seed, "base": asdict(how)})
     engine.resume()
     engine.run(lambda step, found: log(f"{step} {found}") if step % 50 == 0 else None, until=until)
     said = f"the world's base model, {engine.step:,} of {steps:,} steps, seed {seed}"
