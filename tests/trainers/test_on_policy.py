@@ -23,8 +23,9 @@ from zscore.records import Failure, Status
 from zscore_trainers.data import Order
 from zscore_trainers.engine import Engine, EngineConfig
 from zscore_trainers.gdso import Gdso, GdsoConfig
-from zscore_trainers.grpo import Grpo, GrpoConfig, Sampled
+from zscore_trainers.grpo import Grpo, GrpoConfig
 from zscore_trainers.opd import Opd, OpdConfig, check_teacher
+from zscore_trainers.pair_rollouts import Sampled
 from zscore_trainers.pairs import Pair, make_pairs
 from zscore_trainers.reference import Reference
 from zscore_trainers.rollouts import Rollouts, Sampling, rollout_seed
@@ -184,7 +185,7 @@ class TestGdso:
         with torch.no_grad():
             reference.frozen.model.get_output_embeddings().weight.mul_(0.99)
         found, wanted = learned(gdso(sampling, reference=reference, micro_batch=1), policy, step=1)
-        monkeypatch.setattr("zscore_trainers.grpo.by_length", lambda drawn: [2, 0, 3, 1])
+        monkeypatch.setattr("zscore_trainers.pair_rollouts.by_length", lambda drawn: [2, 0, 3, 1])
         other, gradient = learned(gdso(sampling, reference=reference, micro_batch=3), policy, step=1)
         assert found == pytest.approx(other, rel=1e-3)
         assert found["kl"] > 0
@@ -272,7 +273,7 @@ class TestGdso:
         pairs = [Pair(dimension, 0, 1, labels) for dimension, labels in wanted.items()]
         algorithm = gdso(replace(sampling, rollouts=Replayed(sampling.rollouts)), pairs, micro_batch=16)
         Engine(policy, algorithm, EngineConfig(steps=50, learning_rate=1e-3, warmup=10), tmp_path).run()
-        batch = algorithm._sequences(algorithm._draw([0, 1, 2, 3], 0))
+        batch = algorithm.rollouts.sequences(algorithm.rollouts.draw([0, 1, 2, 3], 0))
         with torch.no_grad():
             mu_N = policy(batch.policy).score_logits_BDK[:, 0].softmax(-1) @ torch.tensor(RUBRIC.values)
         label_N = torch.tensor([label for pair in pairs for label in pair.labels]).repeat_interleave(2)

@@ -24,6 +24,7 @@ from zscore_trainers.reference import Reference
 from zscore_trainers.rewarddance import RewardDance, RewardDanceConfig
 from zscore_trainers.risd import Risd, RisdConfig
 from zscore_trainers.rollouts import AT_A_TIME, Rollouts, Sampling
+from zscore_trainers.sft import Sft
 from zscore_trainers.told import ToldTable
 
 if TYPE_CHECKING:
@@ -83,9 +84,12 @@ class Setup:
         return Sampling(collator=self.collator, rollouts=rollouts, values=values, seed=self.seed, **self.share)
 
 
-def _direct(setup: Setup) -> Algorithm:
-    order = setup.order(len(setup.collator.train.samples))
-    return Risd(setup.config, order, setup.collator, **setup.share)
+def _sft(setup: Setup) -> Algorithm:
+    return Sft(setup.config, setup.order(len(setup.collator.train.samples)), setup.collator, **setup.share)
+
+
+def _risd(setup: Setup) -> Algorithm:
+    return Risd(setup.config, setup.order(len(setup.collator.train.samples)), setup.collator, **setup.share)
 
 
 def _rewarddance(setup: Setup) -> Algorithm:
@@ -130,8 +134,8 @@ class Choice:
 
 
 ALGORITHMS: dict[str, Choice] = {
-    "sft": Choice(RisdConfig, _direct, reasons=False, data="labels"),
-    "risd": Choice(RisdConfig, _direct, reasons=False, data="scores"),
+    "sft": Choice(RisdConfig, _sft, reasons=False, data="labels"),
+    "risd": Choice(RisdConfig, _risd, reasons=False, data="scores"),
     "rewarddance": Choice(RewardDanceConfig, _rewarddance, reasons=True, data="told"),
     "grpo": Choice(GrpoConfig, _grpo, reasons=True, data="labels", writes=True),
     "gdso": Choice(GdsoConfig, _grpo, reasons=True, data="labels", writes=True),

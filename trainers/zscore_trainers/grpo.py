@@ -23,16 +23,16 @@ Shape suffixes: P pairs, J = 2 sides, G outputs a side, N = P x J x G, T tokens,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from zscore.errors import UsageError
 from zscore_trainers import losses, parallel
 from zscore_trainers.checks import check_least, check_one_of, check_positive
-from zscore_trainers.rollouts import by_length, rollout_seed
-from zscore_trainers.sequences import at_left, collate, read_outputs
+from zscore_trainers.pair_rollouts import PairRollouts
+from zscore_trainers.sequences import read_outputs
 from zscore_trainers.two_pass import two_pass
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zscore_trainers.data import Order
+    from zscore_trainers.pair_rollouts import Outputs, Sampled
     from zscore_trainers.pairs import Pair
     from zscore_trainers.policy import ScorePolicy
     from zscore_trainers.reference import Reference
-    from zscore_trainers.rollouts import Rollout, Sampling
-    from zscore_trainers.sequences import OutputBatch
+    from zscore_trainers.rollouts import Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,47 +98,6 @@ class GrpoConfig:
             check_positive(self, "most")
 
 
-class Sampled(NamedTuple):
-    """What a step's loss is computed from, besides the policy's outputs."""
-
-    label_PJ: Tensor
-    valid_N: Tensor
-    text_N: Tensor
-    """Level values as written; NaN without a score."""
-    sampled_NT: Tensor
-    """The generator's log-probabilities, output tokens at the left."""
-    output_NT: Tensor
-    score_NT: Tensor
-    reference_NT: Tensor | None
-    probs_NK: Tensor
-    """The generator's distributions at the scores; zeros without a score."""
-    mass_N: Tensor
-    """And the mass that it has on the level tokens there."""
-
-    def gathered(self) -> Sampled:
-        """Those of all ranks, in their order."""
-        return self._replace(
-            **{name: parallel.gathered(one) for name, one in self._asdict().items() if one is not None}
-        )
-
-
-@dataclass(slots=True)
-class Outputs:
-    """A batch of rollouts, for one step of the optimizer or several."""
-
-    batches: list[OutputBatch]
-    """Micro-batches, short outputs first."""
-    order: list[int]
-    """Which outputs they hold."""
-    width: int
-    """Tokens of the longest output of all ranks."""
-    sampled: Sampled
-    advantage_N: Tensor | None = None
-    """By the policy that wrote: the first step computes it for all."""
-    logged: dict[str, float] = field(default_factory=dict)
-    """What is known once for all steps."""
-
-
 class Grpo:
     """Gradients of GRPO; see `zscore_trainers.engine.Algorithm`.
 
@@ -165,10 +124,10 @@ class Grpo:
         if config.beta and reference is None:
             raise ValueError(f"beta is {config.beta}: a reference is wanted")
         self._config = config
-        self._order = order
-        self._pairs = pairs
         self.sampling = sampling
-        self._collator = sampling.collator
+        self.rollouts = PairRollouts(
+            sampling, order, pairs, group=config.group, micro_batch=config.micro_batch, reference=reference
+        )
         self._values_K = torch.tensor(sampling.values)
         self._range = float(sampling.values[-1] - sampling.values[0])
         self.reference = reference
@@ -178,7 +137,7 @@ class Grpo:
     def backward(self, policy: ScorePolicy, step: int) -> Mapping[str, float]:
         """Add the gradients of one batch of pairs; every `updates` steps it is a new one."""
         if self._outputs is None or step % self.period == 0:
-            self._outputs = self._roll_out(policy, step // self.period)
+            self._outputs = self.rollouts(policy, step // self.period)
         outputs = self._outputs
         logged: dict[str, float] = {}
 
@@ -195,68 +154,6 @@ class Grpo:
             group=parallel.group(),
         )
         return {"loss": float(value), **outputs.logged, **logged}
-
-    def _roll_out(self, policy: ScorePolicy, number: int) -> Outputs:
-        """Outputs of the policy for a batch of pairs, by the number of the batch."""
-        numbers = self.sampling.share(self._order, number)
-        self.sampling.rollouts.follow(policy)
-        if self.reference is not None:
-            self.reference.refresh(policy, number)
-        drawn = self._draw(numbers, number)
-        order, size = by_length(drawn), self._config.micro_batch
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
-        batches = [self._sequences([drawn[at] for at in part]) for part in parts]
-        width = parallel.largest(max(len(one.written.tokens) for one in drawn))
-        return Outputs(batches, order, width, self._sampled(numbers, drawn, order, batches, width).gathered())
-
-    def _draw(self, numbers: Sequence[int], batch: int) -> list[Rollout]:
-        """G rollouts for both sides of each pair, in the order P, J, G."""
-        pairs = [self._pairs[number] for number in numbers]
-        sides = [side for pair in pairs for side in (pair.winner, pair.loser)]
-        found = self._collator.prompts(sides)
-        each = [prompts[pairs[at // 2].dimension] for at, prompts in enumerate(found)]
-        prompts = [prompt for prompt in each for _ in range(self._config.group)]
-        seeds = [
-            rollout_seed(self.sampling.seed, batch, number, side, i + self._config.group * before)
-            for number, before in zip(numbers, self.sampling.repeats(self._order, batch), strict=True)
-            for side in range(2)
-            for i in range(self._config.group)
-        ]
-        return self.sampling.rollouts.draw(prompts, seeds)
-
-    def _sequences(self, rollouts: Sequence[Rollout]) -> OutputBatch:
-        return collate(self._collator.pad, [(one.prompt, one.written) for one in rollouts])
-
-    def _sampled(
-        self,
-        numbers: Sequence[int],
-        drawn: Sequence[Rollout],
-        order: Sequence[int],
-        batches: Sequence[OutputBatch],
-        width: int,
-    ) -> Sampled:
-        """What the loss wants to know of the outputs, as they were drawn; the batches hold them in `order`."""
-        back = torch.argsort(torch.tensor(order))
-        level_of = {token: at for at, token in enumerate(self._collator.builder.level_ids)}
-        text_N = torch.full((len(drawn),), float("nan"))
-        sampled_NT, probs_NK = torch.zeros(len(drawn), width), torch.zeros(len(drawn), len(self._values_K))
-        for row, one in enumerate(drawn):
-            sampled_NT[row, : len(one.logprob_T)] = torch.from_numpy(one.logprob_T)
-            if one.written.score_at is not None:
-                text_N[row] = self._values_K[level_of[one.written.tokens[one.written.score_at]]]
-                probs_NK[row] = torch.from_numpy(one.probs_K)
-        reference = self.reference
-        return Sampled(
-            label_PJ=torch.tensor([self._pairs[number].labels for number in numbers]),
-            valid_N=~text_N.isnan(),
-            text_N=text_N,
-            sampled_NT=sampled_NT,
-            output_NT=torch.cat([at_left(batch.output_BT, batch, width) for batch in batches])[back],
-            score_NT=torch.cat([at_left(batch.score_BT, batch, width) for batch in batches])[back],
-            reference_NT=None if reference is None else torch.cat([reference(batch, width) for batch in batches])[back],
-            probs_NK=probs_NK,
-            mass_N=torch.tensor([one.mass for one in drawn]),
-        )
 
     def advantages(self, sampled: Sampled, logits_NK: Tensor, logged: dict[str, float]) -> Tensor:
         """Eq. 3 on the rewards of eq. 13, without a graph, (N,); fills `logged`."""

@@ -1,8 +1,7 @@
 """RISD, Reasoning-Internalized Score Distillation (algorithm 2): the student gives the teacher's distribution at once.
 
 The teacher's distributions are computed once (`zscore score`) and read from parquet, so the student trains without
-the teacher in memory. With distributions made from people's labels (`zscore_trainers.losses.label_targets`) the same
-loss is the cross-entropy of eq. 8: direct supervised fine-tuning, the baseline.
+the teacher in memory.
 
 The loss is eq. 15 plus `mass` x the negative log of the share that lies on the level tokens, which eq. 15 doesn't see.
 A dimension without a target (NaN) adds nothing to eq. 15, whose mean is still over all of them: so a label weighs the
