@@ -29,13 +29,13 @@ def test_the_table(model, options, tmp_path):
     assert table["status"].to_list() == ["ok", "ok"]
     assert table["reasoning"][0].startswith(f"Alignment: {first_caption(model)}")
     assert "\n\nRealism: It is clean." in table["reasoning"][0]
-    assert table["output_tokens"].to_list() == [64, 59]
+    assert table["output_tokens"].to_list() == [77, 71]
     truth = pl.read_csv(model.parent / "world" / "truth.csv").pivot("dimension", index="key", values="score")
     for name in ("alignment", "realism", "aesthetics", "plausibility"):
         assert table[name].to_list() == pytest.approx(truth[name].to_list(), abs=0.1)
     said = read_metadata(str(tmp_path / "s.parquet"), "s")
     assert said["layout"] == "reasoning"
-    assert said["reasoning"] == {"samples": 1, "temperature": 1.0, "max_tokens": 48, "seed": 0}
+    assert said["reasoning"] == {"samples": 1, "temperature": 1.0, "max_tokens": 72, "seed": 0}
     assert "output_tokens" in zscore("show", tmp_path / "s.parquet", "--row", 0)[1]
 
 
@@ -44,7 +44,7 @@ def test_samples_are_averaged_and_a_resume_must_agree(model, options, tmp_path):
     code, _, errors = zscore(*command, "--samples", 2)
     assert code == 0, errors
     table = pl.read_parquet(tmp_path / "s.parquet")
-    assert table["output_tokens"].to_list() == [128, 118]
+    assert table["output_tokens"].to_list() == [154, 142]
     assert table["reasoning"][0].count("(2 of 2): ") == 4
     code, _, errors = zscore(*command, "--samples", 3)
     assert code == 1

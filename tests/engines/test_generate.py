@@ -122,14 +122,22 @@ def test_new_weights_change_what_it_thinks(generator, prompts, model):
 
 
 @pytest.mark.parametrize(
-    "part", ["visual.blocks", "visual.merger", "embed_tokens", "layers.0.", "layers.1.", "lm_head"]
+    ("part", "much"),
+    [
+        ("visual.blocks", 8.0),  # which the residual stream drowns
+        ("visual.merger", 0.5),
+        ("embed_tokens", 0.5),
+        ("layers.0.", 0.5),
+        ("layers.1.", 0.5),
+        ("lm_head", 0.5),
+    ],
 )
-def test_new_weights_are_taken_over_whole(generator, prompts, model, builder, part):
+def test_new_weights_are_taken_over_whole(generator, prompts, model, builder, part, much):
     """Whichever part is new: its q at the score is that of the same weights in transformers, and isn't the old one."""
     trained = load_file(model / "model.safetensors")
     draws = torch.Generator().manual_seed(0)
     others = {
-        name: value + 0.5 * value.float().std() * torch.randn(value.shape, generator=draws)
+        name: value + much * value.float().std() * torch.randn(value.shape, generator=draws)
         for name, value in trained.items()
         if part in name and value.ndim > 1
     }
