@@ -91,6 +91,36 @@ def test_some_ratings_without_raters(tmp_path):
         build(ratings(rows), shard(tmp_path, ["a", "a"]), OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], r"^ratings\.csv holds no ratings$"),
+        (
+            [("k0", "realism", "r", 3.0), ("k0", "beauty", "r", 3.0)],
+            r"1 ratings of other dimensions, such as 'beauty'; the",
+        ),
+        (
+            [("k0", "realism", "r", 3.0), ("k0", "realism", "s", 7.0)],
+            r"1 scores beyond .* of 1 to 5, such as 7 on realism",
+        ),
+        ([("k0", "realism", "r", 0.5)], "such as 0.5 on realism: give ratings on that scale"),
+    ],
+)
+def test_ratings_that_arent_the_rubric_s(tmp_path, rows, said):
+    with pytest.raises(TableError, match=said):
+        build(
+            ratings(rows), shard(tmp_path, ["a"]), BuildOptions(values=LEVELS, dimensions=load_rubric("z-reward").names)
+        )
+
+
+def test_an_out_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    made = build(ratings([("k0", "realism", "r", 3.0)]), shard(tmp_path, ["a"]), OPTIONS)
+    with pytest.raises(UsageError, match=r"^--out .*out can't be made a folder: File exists: give another$"):
+        write(made, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_a_prompt_is_in_one_split_whatever_the_shards(tmp_path):
     prompts = [f"prompt {n // 2}" for n in range(200)]
     rows = [(f"k{n}", "realism", "r", 3.0 + n % 2) for n in range(200)]

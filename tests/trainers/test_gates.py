@@ -86,3 +86,16 @@ def test_the_command_prints_them(drawn, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gates", str(drawn / "scores.parquet"), str(drawn)])
     main()
     assert json.loads(capsys.readouterr().out)["captions"] == 1
+
+
+def test_what_cant_be_compared_is_one_line(drawn, capsys, monkeypatch):
+    perfect(drawn).head(4).write_parquet(drawn / "few.parquet")
+    (drawn / "junk.parquet").write_bytes(b"no table")
+    for name, said in (("few", "26 of 30 pictures of"), ("junk", "parquet"), ("nowhere", "No such file")):
+        monkeypatch.setattr("sys.argv", ["gates", str(drawn / f"{name}.parquet"), str(drawn)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said in last
+        assert "Traceback" not in last

@@ -28,7 +28,7 @@ from zscore_trainers.held_out import HeldOut, is_held_out
 from zscore_trainers.pictures import collect
 from zscore_trainers.recipes import RECIPES, load_recipe, settings
 from zscore_trainers.targets import read_targets
-from zscore_trainers.train import TrainOptions, train
+from zscore_trainers.train import TrainOptions, check, train
 from zscore_trainers.world.shards import WorldOptions, write_world
 
 RUBRIC = world_set.RUBRIC
@@ -275,6 +275,20 @@ class TestRefusals:
             UsageError, match=f"layout is {layout}, which {algorithm} can't learn: --set layout={wanted}"
         ):
             train(options(world, tmp_path / "run", algorithm=algorithm), recipe)
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"recipe": "layout=joint"}, "layout is joint, which opd can't learn"),
+            ({}, "opd: --teacher names the checkpoint"),
+            ({"teacher": "./nowhere"}, "no model folder at './nowhere'"),
+        ],
+    )
+    def test_a_dry_run_refuses_what_the_run_would(self, world, tmp_path, changes, said):
+        recipe = load_recipe("tiny", [changes["recipe"]] if "recipe" in changes else [], "opd")
+        asked = options(world, tmp_path / "run", algorithm="opd", teacher=changes.get("teacher"))
+        with pytest.raises((UsageError, ModelError), match=said):
+            check(asked, recipe)
 
     def test_a_prompt_that_is_too_long_is_left_out(self, world, tmp_path):
         """And not found at the step that draws it."""

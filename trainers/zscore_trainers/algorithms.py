@@ -111,8 +111,7 @@ def _grpo(setup: Setup) -> Algorithm:
 
 
 def _opd(setup: Setup) -> Algorithm:
-    if setup.teacher is None:
-        raise UsageError("opd: --teacher names the checkpoint that says how likely it finds the student's words")
+    assert setup.teacher is not None
     check_teacher(read_checkpoint(setup.teacher), read_checkpoint(str(setup.model)), setup.rubric)
     dimensions = len(setup.rubric.names)
     order = setup.order(dimensions * len(setup.collator.train.samples))

@@ -42,6 +42,8 @@ class BuildOptions:
     """The rubric's levels; a score becomes the nearest, the higher of two."""
     min_agreement: float = 0.0
     """Raters below this are left out; -1 keeps all."""
+    dimensions: tuple[str, ...] = ()
+    """The rubric's; ratings of others are refused. None given: whatever was rated."""
     aggregation: Aggregation = "trimmed"
     test_share: float = 0.1
     """Of the prompts, for evaluation: by the prompt's hash, so the same whatever else there is."""
@@ -121,8 +123,9 @@ def build(ratings: Ratings, shards: Iterable[ShardRef], options: BuildOptions) -
     """Annotate the samples of shards.
 
     Raises:
-        TableError: no rater is left, or no rated sample is in the shards.
+        TableError: ratings that aren't the rubric's; no rater is left, or no rated sample is in the shards.
     """
+    _check(ratings, options)
     raters = check_raters(ratings, options.min_agreement)
     kept = [rater.name for rater in raters if rater.kept]
     if raters and not kept:
@@ -137,6 +140,39 @@ def build(ratings: Ratings, shards: Iterable[ShardRef], options: BuildOptions) -
     if not samples.height:
         raise TableError(f"none of the {wide.height} rated samples is in the shards: are the keys the same?")
     return Annotations(samples, _pairs(samples, dimensions), raters, wide.height - samples.height)
+
+
+def _check(ratings: Ratings, options: BuildOptions) -> None:
+    """Refuse ratings of dimensions that the rubric hasn't, and beyond its scale."""
+    if not ratings.frame.height:
+        raise TableError(f"{ratings.source} holds no ratings")
+    known = options.dimensions
+    other = ratings.frame.filter(~pl.col("dimension").is_in(known)) if known else ratings.frame.clear()
+    if other.height:
+        name = other["dimension"][0]
+        raise TableError(
+            f"{ratings.source}: {other.height:,} ratings of other dimensions, such as '{name}'; the rubric has"
+            f" {', '.join(known)}: rename with --map {name}=…, or leave them out"
+        )
+    low, high = options.values[0], options.values[-1]
+    beyond = ratings.frame.filter(~pl.col("score").is_between(low, high))
+    if beyond.height:
+        raise TableError(
+            f"{ratings.source}: {beyond.height:,} scores beyond the rubric's scale of {low:g} to {high:g}, such as"
+            f" {beyond['score'][0]:g} on {beyond['dimension'][0]}: give ratings on that scale"
+        )
+
+
+def check_out(out: Path) -> None:
+    """Refuse what no folder can be made of.
+
+    Raises:
+        UsageError: a part of the path is a file, or nothing may be written there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} can't be made a folder: {error.strerror}: give another") from error
 
 
 def _with_samples(
@@ -186,7 +222,11 @@ def _pairs(samples: pl.DataFrame, dimensions: Sequence[str]) -> pl.DataFrame:
 
 
 def write(made: Annotations, out: Path) -> None:
-    """Write both tables."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write both tables.
+
+    Raises:
+        UsageError: `out` can't be made a folder.
+    """
+    check_out(out)
     made.samples.write_parquet(out / ANNOTATIONS)
     made.pairs.write_parquet(out / PAIRS)

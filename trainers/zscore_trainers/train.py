@@ -106,7 +106,7 @@ def train(
         recipe = for_algorithm(recipe, options.algorithm)
     checkpoint = read_checkpoint(options.model)
     rubric = load_rubric(recipe.rubric)
-    _check_layout(options.algorithm, choice, recipe)
+    check(options, recipe)
     targets = _targets(options, choice, rubric)
     builder = PromptBuilder(
         checkpoint.path,
@@ -181,11 +181,21 @@ def _targets(options: TrainOptions, choice: Choice, rubric: Rubric) -> Targets |
     return read_targets(options.data, rubric, kind=choice.data)
 
 
-def _check_layout(name: str, choice: Choice, recipe: Recipe) -> None:
-    """Refuse a layout that the algorithm has no loss for."""
+def check(options: TrainOptions, recipe: Recipe) -> None:
+    """Refuse what can be told from the arguments alone.
+
+    Raises:
+        UsageError: a layout that the algorithm has no loss for; opd without a teacher.
+        ModelError: a teacher that can't be read.
+    """
+    choice = chosen(options.algorithm)
     if choice.reasons != (recipe.layout == "reasoning"):
         wanted = "reasoning" if choice.reasons else "joint or layout=separate"
-        raise UsageError(f"layout is {recipe.layout}, which {name} can't learn: --set layout={wanted}")
+        raise UsageError(f"layout is {recipe.layout}, which {options.algorithm} can't learn: --set layout={wanted}")
+    if options.algorithm == "opd" and options.teacher is None:
+        raise UsageError("opd: --teacher names the checkpoint that says how likely it finds the student's words")
+    if options.teacher is not None:
+        read_checkpoint(options.teacher)
 
 
 def _check_ranks(choice: Choice, recipe: Recipe) -> None:

@@ -40,15 +40,17 @@ def annotate(
     from zscore.human import aggregation
     from zscore.rubrics.rubric import load_rubric
     from zscore.shards import expand
-    from zscore_trainers.annotations import BuildOptions, build, write
+    from zscore_trainers.annotations import BuildOptions, build, check_out, write
 
     chosen = load_rubric(rubric)
     options = BuildOptions(
         values=chosen.values,
+        dimensions=chosen.names,
         min_agreement=min_agreement,
         aggregation=aggregation(aggregate),
         test_share=test_share,
     )
+    check_out(out)
     made = build(load_ratings(ratings, chosen.names, layout, column, names), expand(shards), options)
     write(made, out)
     typer.echo("\n".join([*table(_raters(made)), "", *_counts(made), f"written to {out}"]))

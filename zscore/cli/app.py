@@ -36,18 +36,36 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
 }
 
+ANNOTATIONS = """Make what students and teachers learn from.
+
+\b
+Example:
+  zscore annotations build ratings.csv shards/ --out annotated/
+"""
+
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
-    "annotations": ("Make what students and teachers learn from.", {"build": annotate}),
+    "annotations": (ANNOTATIONS, {"build": annotate}),
 }
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+ABOUT = """Score text-to-image pictures as distributions over rubric levels, then decide from the scores.
+
+\b
+Examples:
+  zscore demo
+  zscore score shards/ --model ./student --out scores.parquet
+  zscore filter scores.parquet --min 4.0 --out kept.parquet
+  zscore select scores.parquet --best 1
+"""
 
 
 def build_app() -> typer.Typer:
     """The application with all its commands."""
     app = typer.Typer(
         name="zscore",
-        help="Score text-to-image pictures as distributions over rubric levels, then decide from the scores.",
+        help=ABOUT,
         no_args_is_help=True,
         rich_markup_mode=None,  # importing rich for help costs twice what typer itself does
         pretty_exceptions_enable=False,

@@ -64,19 +64,20 @@ def train(
 
     from zscore_trainers.parallel import rank
     from zscore_trainers.recipes import load_recipe
-    from zscore_trainers.train import TrainOptions
+    from zscore_trainers.train import TrainOptions, check
     from zscore_trainers.train import train as run
 
     console = Console(stderr=True)
     chosen = load_recipe(recipe, changes or [], algorithm)
-    if dry_run:
-        from zscore_trainers.budget import plan
-
-        typer.echo(plan(chosen, recipe, model))
-        return
     options = TrainOptions(
         algorithm=algorithm, data=data, shards=tuple(shards), model=model, out=out, resume=resume, teacher=teacher
     )
+    if dry_run:
+        from zscore_trainers.budget import plan
+
+        check(options, chosen)
+        typer.echo(plan(chosen, recipe, model))
+        return
     show = None if quiet else _shown(console, chosen.engine.steps)
     try:
         made = run(

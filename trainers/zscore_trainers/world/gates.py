@@ -58,7 +58,9 @@ def gates(scores: Path, drawn: Path) -> Gates:
     truth = read_truth(drawn)
     both = truth.join(said.rename({"reasoning": "wanted"}), on="key").join(rows, on="key", suffix="_found")
     if both.height != truth.height:
-        raise ValueError(f"{truth.height - both.height:,} of {truth.height:,} pictures of {drawn} are not in {scores}")
+        raise ValueError(
+            f"{truth.height - both.height:,} of {truth.height:,} pictures of {drawn} are not in {scores}: score all"
+        )
     wanted = [named(f"Alignment: {text}") for text in both["wanted"]]
     found = [named(text or "") for text in both["reasoning"]]
     ok = both.filter(pl.col("status") == "ok")
@@ -100,7 +102,11 @@ def main() -> None:
     parser.add_argument("scores", type=Path)
     parser.add_argument("drawn", type=Path)
     options = parser.parse_args()
-    print(json.dumps(asdict(gates(options.scores, options.drawn)), indent=2))  # noqa: T201
+    try:
+        found = gates(options.scores, options.drawn)
+    except (ValueError, OSError, pl.exceptions.PolarsError) as error:
+        parser.error(str(error).splitlines()[0])
+    print(json.dumps(asdict(found), indent=2))  # noqa: T201
 
 
 if __name__ == "__main__":
