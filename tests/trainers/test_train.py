@@ -152,9 +152,15 @@ class TestRun:
 
 
 class TestResume:
-    @pytest.mark.parametrize("name", ["prompts", "pictures"])
-    def test_other_shards_of_the_same_names_are_refused(self, world, tmp_path, name):
-        """The same samples with another prompt, or with other bytes of a picture."""
+    @pytest.mark.parametrize(
+        ("name", "error", "said"),
+        [
+            ("prompts", TableError, "has the prompt '.*', in the shards '.*!'"),
+            ("pictures", UsageError, "was made with pictures = "),
+        ],
+    )
+    def test_other_shards_of_the_same_names_are_refused(self, world, tmp_path, name, error, said):
+        """The same samples with another prompt, which the table knows, or with other bytes of a picture."""
         recipe = load_recipe("tiny", (*FAST, "steps=1", "held_out=0"))
         begun = options(world, tmp_path / "run")
         train(begun, recipe)
@@ -163,7 +169,7 @@ class TestResume:
         for shard in (world / "world").glob("*.tar"):
             rewrite(shard, tmp_path / "other" / shard.name, ends, change)
         other = dataclasses.replace(begun, shards=(str(tmp_path / "other"),), resume=True)
-        with pytest.raises(UsageError, match=f"was made with {name} = "):
+        with pytest.raises(error, match=said):
             train(other, recipe)
         assert train(dataclasses.replace(begun, resume=True), recipe).steps == 1
 

@@ -124,8 +124,8 @@ class Opd:
             mass = sum(one.mass for one in some)
             totals += torch.tensor([float(loss.detach()) * len(some), advantage * len(some), valid, mass])
         loss_mean, advantage_mean, valid_share, mass_mean = (totals / len(drawn)).tolist()
-        mass = mass_mean / valid_share if valid_share else 0.0
-        return {"loss": loss_mean, "reverse_kl": -advantage_mean, "valid": valid_share, "mass": mass}
+        # Of the mass too a mean over all outputs, so that ranks' means have the mean of all: none without a score.
+        return {"loss": loss_mean, "reverse_kl": -advantage_mean, "valid": valid_share, "mass": mass_mean}
 
     def _draw(self, numbers: Sequence[int], step: int) -> list[Rollout]:
         found = self.sampling.collator.prompts([number // self._dimensions for number in numbers])
