@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from zscore.checkpoint import read_checkpoint
@@ -84,12 +85,9 @@ class Setup:
         return Sampling(collator=self.collator, rollouts=rollouts, values=values, seed=self.seed, **self.share)
 
 
-def _sft(setup: Setup) -> Algorithm:
-    return Sft(setup.config, setup.order(len(setup.collator.train.samples)), setup.collator, **setup.share)
-
-
-def _risd(setup: Setup) -> Algorithm:
-    return Risd(setup.config, setup.order(len(setup.collator.train.samples)), setup.collator, **setup.share)
+def _direct(make: type[Risd], setup: Setup) -> Algorithm:
+    order = setup.order(len(setup.collator.train.samples))
+    return make(setup.config, order, setup.collator, **setup.share)
 
 
 def _rewarddance(setup: Setup) -> Algorithm:
@@ -133,8 +131,8 @@ class Choice:
 
 
 ALGORITHMS: dict[str, Choice] = {
-    "sft": Choice(RisdConfig, _sft, reasons=False, data="labels"),
-    "risd": Choice(RisdConfig, _risd, reasons=False, data="scores"),
+    "sft": Choice(RisdConfig, partial(_direct, Sft), reasons=False, data="labels"),
+    "risd": Choice(RisdConfig, partial(_direct, Risd), reasons=False, data="scores"),
     "rewarddance": Choice(RewardDanceConfig, _rewarddance, reasons=True, data="told"),
     "grpo": Choice(GrpoConfig, _grpo, reasons=True, data="labels", writes=True),
     "gdso": Choice(GdsoConfig, _grpo, reasons=True, data="labels", writes=True),

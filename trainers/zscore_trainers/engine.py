@@ -168,8 +168,7 @@ class Engine:
             GradientError: a gradient isn't finite; the last checkpoint is kept.
         """
         config, first = self._config, parallel.rank() == 0
-        period = getattr(self._algorithm, "period", 1)
-        last = min(config.steps, math.ceil((until or config.steps) / period) * period)
+        last = min(config.steps, math.ceil((until or config.steps) / self._period) * self._period)
         if first:
             write_whole(self._out / BEGUN, self._settings)
             mend_log(self._out / "log.jsonl")
@@ -200,8 +199,12 @@ class Engine:
 
     def _is_due(self) -> bool:
         """Whether a checkpoint is: where steps belong together, at the end of those that `save_every` falls into."""
-        period = getattr(self._algorithm, "period", 1)
-        return self.step % period == 0 and self.step % self._config.save_every < period
+        return self.step % self._period == 0 and self.step % self._config.save_every < self._period
+
+    @property
+    def _period(self) -> int:
+        """Steps that belong together: all that one batch of outputs serves."""
+        return int(getattr(self._algorithm, "period", 1))
 
     def _update(self) -> Mapping[str, float]:
         """One step of the optimizer."""
