@@ -5,38 +5,34 @@
     each ── zscore score test/ ──► PLCC, SRCC, HPA, margin HPA against the truth, means of the four dimensions
 
 Every stage is a command that a user would type; one whose result lies in WORK is not run again, and one that was cut
-off goes on. The base has learned from drawn scenes and their true scores, more of them than there are labels: what is
-compared is what a method makes of a model that can see, say and score a little. Labels are raters', with their noise;
-RewardDance's reasonings name what the scene was drawn with.
+off goes on. Each method has the learning rate that world_rates.py chose for it on validation prompts. The base has
+learned from drawn scenes and their true scores, more of them than there are labels: what is compared is what a method
+makes of a model that can see, say and score a little. Labels are raters', with their noise; RewardDance's reasonings
+name what the scene was drawn with.
 
     python benchmarks/world_study.py [build/world-study] [--seeds 0 1 2]    two hours; --only-run for one seed by itself
 
-Intervals draw test prompts, the same ones for all methods, and hold the seeds fixed. The configuration was frozen
-before any test prompt was scored.
+Intervals draw test prompts, the same ones for all methods, and hold the seeds fixed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import polars as pl
-from _common import report
+from _common import RESULTS, report
+from _world_runs import METHODS, Method, Runner, Study, base_model, draw, same_study
+from _world_scores import METRICS, functions, mean_of, read
 
-from zscore.agreement import Bootstrap, correlations, count_pairs
+from zscore.agreement import Bootstrap
 from zscore.checkpoint import weights_hash
-from zscore.cli.app import build_app
-from zscore_trainers.world.base import make_base
 from zscore_trainers.world.gates import gates, read_truth
-from zscore_trainers.world.shards import WorldOptions, write_world
+from zscore_trainers.world.shards import WorldOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,64 +41,6 @@ if TYPE_CHECKING:
 
     Metrics = dict[str, dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]]
 
-LABELS, REASONINGS = "annotated/annotations.parquet", "reasoning.jsonl"
-DIMENSIONS = ("alignment", "realism", "aesthetics", "plausibility")
-METRICS = ("plcc", "srcc", "hpa", "margin_hpa")
-
-
-@dataclass(frozen=True, slots=True)
-class Study:
-    """Frozen before the test prompts were scored."""
-
-    base_steps: int = 3000
-    base_until: int = 2000
-    """Everything starts from a base model that was stopped early: a finished one has little left to learn.
-
-    Not so early that it can't reason: on validation prompts its scores behind a reasoning correlate with the truth by
-    0.5 or more on every dimension.
-    """
-    labelled_prompts: int = 96
-    """Four pictures each, with five raters."""
-    more_prompts: int = 192
-    """Pictures without labels, for RISD."""
-    test_prompts: int = 75
-    candidates: int = 9
-    """Pictures of a test prompt: 2,700 pairs, of which on every dimension more than 2,000 have unequal truths."""
-    steps: int = 40
-    """Of every algorithm."""
-    learning_rate: float = 3e-4
-    warmup: int = 5
-    margin: float = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One row of the table."""
-
-    name: str
-    title: str
-    algorithm: str | None
-    reasons: bool
-    data: str = LABELS
-    shards: str = "labelled"
-    settings: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
-
-
-ON_PAIRS = ("batch_size=4", "group=8")
-"""64 outputs a step, as many as the others have pictures or outputs."""
-METHODS = (
-    Method("zero", "zero-shot", None, reasons=False),
-    Method("zero_told", "zero-shot, with reasoning", None, reasons=True),
-    Method("sft", "SFT", "sft", reasons=False),
-    Method("rewarddance", "RewardDance", "rewarddance", reasons=True, data=REASONINGS),
-    Method("grpo_text", "GRPO, reward from text", "grpo", reasons=True, settings=(*ON_PAIRS, "reward_from=text")),
-    Method("grpo", "GRPO", "grpo", reasons=True, settings=ON_PAIRS),
-    Method("gdso", "GDSO (the teacher)", "gdso", reasons=True, settings=ON_PAIRS),
-    Method("opd", "OPD", "opd", reasons=True, extra=("--teacher", "gdso/model")),
-    Method("risd", "RISD, same pictures", "risd", reasons=False, data="teacher-labelled.parquet"),
-    Method("risd_more", "RISD, more pictures", "risd", reasons=False, data="teacher-more.parquet", shards="more"),
-)
 PAIRED = (
     ("gdso", "grpo"),
     ("grpo", "grpo_text"),
@@ -119,155 +57,27 @@ def scores_of(work: Path, seed: int, method: Method) -> Path:
     return (work / f"seed-{seed}" if method.algorithm else work) / f"{method.name}.parquet"
 
 
-class Runner:
-    """Runs the stages of one seed in its folder."""
-
-    def __init__(self, work: Path, base: Path, seed: int, study: Study) -> None:
-        self._work = work
-        self._folder = work / f"seed-{seed}"
-        self._test = work / "test"
-        self._base = base
-        self._seed = seed
-        self._study = study
-        self._folder.mkdir(parents=True, exist_ok=True)
-
-    def run(self) -> None:
-        """Everything of this seed."""
-        study, folder = self._study, self._folder
-        for name, prompts, seed in (("labelled", study.labelled_prompts, 100), ("more", study.more_prompts, 200)):
-            draw(folder / name, WorldOptions(split="train", prompts=prompts, seed=seed + self._seed))
-        ratings = ("labelled/ratings.csv", "labelled", "--test-share", "0")
-        self._stage(LABELS, "annotations", "build", *ratings, "--out", "annotated")
-        relabel(folder / "labelled" / "reasoning.jsonl", folder / LABELS, folder / REASONINGS)
-        for method in METHODS:
-            if method.name == "opd":  # the teacher is there now
-                for name in ("labelled", "more"):
-                    self._score(name, "gdso/model", f"teacher-{name}.parquet", reasons=True)
-            if method.algorithm:
-                self._train(method)
-            model = f"{method.name}/model" if method.algorithm else str(self._base)
-            self._score(str(self._test), model, scores_of(self._work, self._seed, method), reasons=method.reasons)
-
-    def _train(self, method: Method) -> None:
-        study = self._study
-        settings = [f"steps={study.steps}", f"learning_rate={study.learning_rate}", f"warmup={study.warmup}"]
-        settings += [f"seed={self._seed}", "held_out=0", "evaluate_every=0", *method.settings]
-        flags = [part for setting in settings for part in ("--set", setting)]
-        data = ("--data", method.data, "--model", str(self._base), "--out", method.name, *method.extra)
-        assert method.algorithm is not None
-        asked = ("train", method.algorithm, method.shards, "--recipe", "tiny", "--resume")
-        self._stage(f"{method.name}/model/zscore.json", *asked, *data, *flags)
-
-    def _score(self, shards: str, model: str, out: Path | str, *, reasons: bool) -> None:
-        told = ("--reasoning", "--max-output-tokens", "80", "--batch-size", "64") if reasons else ("--layout", "joint")
-        where = ("--model", model, "--out", str(out), "--engine", "transformers", "--dtype", "float32", "--quiet")
-        self._stage(str(out), "score", shards, *where, *told)
-
-    def _stage(self, result: str, *arguments: str) -> None:
-        """One command of zscore, unless its result is there; its time is kept beside it."""
-        if (self._folder / result).exists():
-            return
-        began = time.perf_counter()
-        with (self._folder / "log.txt").open("a") as log, contextlib.chdir(self._folder):
-            log.write(f"\nzscore {' '.join(arguments)}\n")
-            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                build_app()(list(arguments), standalone_mode=False)
-        kept = self._folder / "seconds.json"
-        seconds = json.loads(kept.read_text()) if kept.exists() else {}
-        kept.write_text(json.dumps({**seconds, result: time.perf_counter() - began}))
+def chosen_rates(base: str, results: Path = RESULTS) -> dict[str, float]:
+    """Of every method that is trained, as world_rates.py chose them on validation prompts for the base of this hash."""
+    found = json.loads((results / "world_rates.json").read_text())["result"]
+    if found["base_weights"] != base:
+        sys.exit(f"learning rates were chosen for base {found['base_weights']}, not {base}: run world_rates.py with it")
+    of = found["chosen"]
+    by_algorithm = {method.algorithm: of[method.name] for method in METHODS if method.rates}
+    return {method.name: of.get(method.name, by_algorithm[method.algorithm]) for method in METHODS if method.algorithm}
 
 
-def draw(folder: Path, options: WorldOptions) -> None:
-    """A set of the world, unless it is there."""
-    if (folder / "truth.csv").exists():
-        return
-    draft = folder.with_name(f"{folder.name}.draft-{os.getpid()}")
-    write_world(draft, options)
-    draft.rename(folder)
-
-
-def relabel(reasonings: Path, labels: Path, out: Path) -> None:
-    """Reasonings with the scores that raters gave, which are what everyone else learns from, instead of the truth's."""
-    label = pl.read_parquet(labels).unpivot(DIMENSIONS, index="key", variable_name="dimension", value_name="score")
-    said = pl.read_ndjson(reasonings).drop("score").join(label, on=["key", "dimension"], maintain_order="left")
-    said.write_ndjson(out)
-
-
-def same_study(work: Path, now: dict[str, Any]) -> None:
-    """Refuse a folder whose results are of another configuration or base."""
-    file = work / "study.json"
-    if not file.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(now))
-    before = json.loads(file.read_text())
-    if before != now:
-        other = ", ".join(sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)))
-        sys.exit(f"{work} holds results with another {other}: give an empty folder")
-
-
-def base_model(work: Path, study: Study) -> Path:
-    """What everything starts from, made if it isn't there."""
-    made = work / "base" / "model"
-    if not (made / "zscore.json").exists():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        make_base(made.parent, steps=study.base_steps, until=study.base_until)
-    return made
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Scores of one method and seed, with the truth; N pictures, D dimensions."""
-
-    score_ND: NDArray[np.float64]
-    truth_ND: NDArray[np.float64]
-    group_N: NDArray[np.int64]
-    tokens: float
-    """Generated for a picture and dimension; 0 where the score is read from the prompt's last position."""
-    valid: float
-
-
-def read(scores: Path, truth: pl.DataFrame) -> Found:
-    """Expected scores beside the true ones.
-
-    A picture of which one output came to no score has failed, and counts as the middle of the scale on all dimensions.
-    """
-    rows = pl.read_parquet(scores).join(truth, on="key", suffix="_true").sort("shard", "index")
-    assert rows.height == truth.height
-    score_ND = rows.select(pl.col(DIMENSIONS).fill_null(3.0)).to_numpy().astype(np.float64).round(9)
-    prompts = {name: at for at, name in enumerate(sorted(rows["group"].unique()))}
-    tokens = rows["output_tokens"].mean() if "output_tokens" in rows.columns else None
-    return Found(
-        score_ND,
-        rows.select([f"{name}_true" for name in DIMENSIONS]).to_numpy(),
-        np.array([prompts[name] for name in rows["group"]]),
-        float(tokens) / len(DIMENSIONS) if tokens is not None else 0.0,
-        float((rows["status"] == "ok").mean()),
-    )
-
-
-def functions(found: Found, margin: float) -> dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]:
-    """Each metric, averaged over the dimensions, as a function of how often each prompt is drawn."""
-    groups = int(found.group_N.max()) + 1
-    parts: dict[str, list[Any]] = {name: [] for name in METRICS}
-    for at in range(len(DIMENSIONS)):
-        score_N, truth_N = found.score_ND[:, at], found.truth_ND[:, at]
-        found_functions = correlations(score_N, truth_N, found.group_N, groups)[1]
-        parts["plcc"].append(found_functions["plcc"])
-        parts["srcc"].append(found_functions["srcc"])
-        for name, gap in (("hpa", 0.0), ("margin_hpa", margin)):
-            counts = count_pairs(score_N, truth_N, found.group_N, groups, gap)
-            parts[name].append(share(counts.right_G, counts.pairs_G))
-    return {name: mean_of(some) for name, some in parts.items()}
-
-
-def share(right_G: NDArray[np.float64], all_G: NDArray[np.float64]) -> Callable[..., NDArray[np.float64]]:
-    """Of right pairs."""
-    return lambda W_BG: (W_BG @ right_G) / (W_BG @ all_G)
-
-
-def mean_of(some: Sequence[Callable[..., NDArray[np.float64]]]) -> Callable[..., NDArray[np.float64]]:
-    """Of several functions."""
-    return lambda W_BG: np.mean([one(W_BG) for one in some], axis=0)
+def run(work: Path, base: Path, seed: int, study: Study, rates: dict[str, float]) -> None:
+    """Everything of one seed."""
+    runner = Runner(work, base, seed, study)
+    runner.draw()
+    for method in METHODS:
+        if method.teacher is not None:
+            runner.teach(method.teacher)
+        if method.algorithm:
+            runner.train(method, rates[method.name], method.name, method.teacher or "")
+        model = f"{method.name}/model" if method.algorithm else base
+        runner.score(work / "test", model, scores_of(work, seed, method), reasons=method.reasons)
 
 
 def compare(work: Path, seeds: Sequence[int], study: Study) -> dict[str, Any]:
@@ -323,9 +133,9 @@ def interval(values_B: NDArray[np.float64]) -> list[float]:
     return [float(value) for value in np.quantile(values_B, [0.025, 0.975])]
 
 
-def train_seconds(work: Path, seeds: Sequence[int]) -> dict[str, float]:
+def train_seconds(work: Path, base: Path, seeds: Sequence[int], study: Study) -> dict[str, float]:
     """Mean over the seeds, of training alone."""
-    kept = [json.loads((work / f"seed-{seed}" / "seconds.json").read_text()) for seed in seeds]
+    kept = [Runner(work, base, seed, study).seconds() for seed in seeds]
     return {
         method.name: float(np.mean([one.get(f"{method.name}/model/zscore.json", 0.0) for one in kept]))
         for method in METHODS
@@ -365,27 +175,26 @@ def main() -> None:
     work, study = given.work.resolve(), Study()
     base = (given.base or base_model(work, study)).resolve()
     options = WorldOptions(split="test", prompts=study.test_prompts, candidates=study.candidates, seed=1000)
-    same_study(work, {**asdict(study), "base": weights_hash(base)})
+    hashed = weights_hash(base)
+    rates = chosen_rates(hashed)
+    same_study(work, {**asdict(study), "base": hashed, "learning_rates": rates})
     draw(work / "test", options)
     for seed in given.seeds:
-        Runner(work, base, seed, study).run()
+        run(work, base, seed, study, rates)
     if given.only_run:
         return
     compared = compare(work, given.seeds, study)
-    seconds = train_seconds(work, given.seeds)
+    seconds = train_seconds(work, base, given.seeds, study)
     show(compared, seconds)
     about = json.loads((base / "zscore.json").read_text())["trained"]
-    report(
-        "world_study",
-        {
-            "study": asdict(study),
-            "base": about,
-            "base_weights": weights_hash(base),
-            "seeds": given.seeds,
-            "train_seconds": seconds,
-            **compared,
-        },
-    )
+    kept = {
+        "study": asdict(study),
+        "learning_rates": rates,
+        "base": about,
+        "base_weights": hashed,
+        "seeds": given.seeds,
+    }
+    report("world_study", {**kept, "train_seconds": seconds, **compared})
 
 
 if __name__ == "__main__":
