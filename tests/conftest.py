@@ -54,7 +54,10 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that reasons (tests.trainers.talker); trained once, whichever process comes first."""
+    """A checkpoint that reasons (tests.trainers.talker); trained once, whichever process comes first.
+
+    Its folder has the world it learned, for all processes to read and none to write.
+    """
     from tests.trainers.talker import make
 
     base = tmp_path_factory.getbasetemp()

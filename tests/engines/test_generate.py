@@ -34,10 +34,14 @@ def builder(model):
 
 
 @pytest.fixture(scope="module")
-def prompts(model):
+def collator(model, tmp_path_factory):
+    world = tmp_path_factory.mktemp("world")  # the same as the model's, which other tests read at this moment
+    return world_set.collator(world_set.world_set(world, prompts=1), world, model, "reasoning")
+
+
+@pytest.fixture(scope="module")
+def prompts(collator):
     """Of all samples and dimensions, as the model has learned them."""
-    world = model.parent / "world"
-    collator = world_set.collator(world_set.world_set(world, prompts=1), world, model, "reasoning")
     return [prompt for found in collator.prompts(range(2)) for prompt in found]
 
 
@@ -58,13 +62,11 @@ def write(generator, prompts, seeds=None):
     return [found[tag] for tag in range(len(prompts))]
 
 
-def teacher_forced(model, prompt, tokens, weights=None):
+def teacher_forced(model, collator, prompt, tokens, weights=None):
     """Log-probabilities of every token at each position of an output, in one forward pass of transformers."""
     policy = world_set.load(model)
     if weights is not None:
         policy.model.load_state_dict(weights)
-    world = model.parent / "world"
-    collator = world_set.collator(world_set.world_set(world, prompts=1), world, model, "reasoning")
     batch = collator.pad([dataclasses.replace(prompt, token_ids=(*prompt.token_ids, *tokens), probes=(-1,))])
     with torch.no_grad():
         hidden_1TH = policy._hidden(batch)
@@ -82,10 +84,10 @@ def test_writes_what_was_learned(generator, prompts, builder, model):
     assert [found.find(output.tokens) for output in outputs] == [len(output.tokens) - 1 for output in outputs]
 
 
-def test_says_how_likely_its_words_are(generator, prompts, model, builder):
+def test_says_how_likely_its_words_are(generator, prompts, model, collator, builder):
     tolerance = 1e-3 if generator.dtype == "float32" else 0.15
     for prompt, output in zip(prompts[:3], write(generator, prompts[:3]), strict=True):
-        wanted_TV = teacher_forced(model, prompt, output.tokens)
+        wanted_TV = teacher_forced(model, collator, prompt, output.tokens)
         mine_T = wanted_TV.gather(1, torch.tensor(output.tokens)[:, None])[:, 0].numpy()
         np.testing.assert_allclose(output.logprob_T, mine_T, atol=tolerance)
         last_K = wanted_TV[-1, list(builder.level_ids)].softmax(-1).numpy()
@@ -124,15 +126,15 @@ def test_new_weights_change_what_it_thinks(generator, prompts, model):
 @pytest.mark.parametrize(
     ("part", "much"),
     [
-        ("visual.blocks", 8.0),  # which the residual stream drowns
-        ("visual.merger", 0.5),
+        ("visual.blocks", 16.0),  # enough of both that bfloat16's rounding is small beside it
+        ("visual.merger", 4.0),
         ("embed_tokens", 0.5),
         ("layers.0.", 0.5),
         ("layers.1.", 0.5),
         ("lm_head", 0.5),
     ],
 )
-def test_new_weights_are_taken_over_whole(generator, prompts, model, builder, part, much):
+def test_new_weights_are_taken_over_whole(generator, prompts, model, collator, builder, part, much):
     """Whichever part is new: its q at the score is that of the same weights in transformers, and isn't the old one."""
     trained = load_file(model / "model.safetensors")
     draws = torch.Generator().manual_seed(0)
@@ -150,11 +152,11 @@ def test_new_weights_are_taken_over_whole(generator, prompts, model, builder, pa
     finally:
         generator.load_weights(trained.items())
     levels = list(builder.level_ids)
-    wanted_TK = teacher_forced(model, prompts[0], after.tokens, changed)[:, levels].softmax(-1).numpy()
-    old_TK = teacher_forced(model, prompts[0], after.tokens)[:, levels].softmax(-1).numpy()
+    wanted_TK = teacher_forced(model, collator, prompts[0], after.tokens, changed)[:, levels].softmax(-1).numpy()
+    old_TK = teacher_forced(model, collator, prompts[0], after.tokens)[:, levels].softmax(-1).numpy()
     mine_TK = torch.from_numpy(after.level_logprob_TK).softmax(-1).numpy()
     exact = generator.dtype == "float32"
-    assert np.abs(mine_TK - wanted_TK).max() < (1e-3 if exact else 0.1)
+    assert np.abs(mine_TK - wanted_TK).max() < (1e-4 if exact else 0.05)
     assert np.abs(mine_TK - wanted_TK).mean() < 0.2 * np.abs(mine_TK - old_TK).mean()
     assert write(generator, prompts[:1])[0].tokens == before.tokens
 
@@ -189,10 +191,8 @@ class TestEngine:
             found.update(engine.step())
         return [found[tag] for tag in range(len(prompts))]
 
-    def test_reads_the_score_with_its_reasoning(self, generator, prompts, builder, model):
-        world = model.parent / "world"
-        train = world_set.world_set(world, prompts=1)
-        wanted = train.targets_NDK @ np.array(RUBRIC.values, np.float32)
+    def test_reads_the_score_with_its_reasoning(self, generator, prompts, builder, model, collator):
+        wanted = collator.train.targets_NDK @ np.array(RUBRIC.values, np.float32)
         found = self.scores(self.engine(generator, builder), prompts)
         assert all(isinstance(one, LevelScores) for one in found)
         np.testing.assert_allclose([one.mean_D[0] for one in found], wanted.ravel(), atol=0.2)

@@ -43,8 +43,8 @@ def model(talker):
 
 
 @pytest.fixture(scope="module")
-def sampling(model):
-    world = model.parent / "world"
+def sampling(model, tmp_path_factory):
+    world = tmp_path_factory.mktemp("world")
     collator = world_set.collator(world_set.world_set(world, prompts=1), world, model, "reasoning")
     builder = collator.builder
     generator = open_generator(
