@@ -1,9 +1,14 @@
-"""TensorBoard's figures are the log's; without the package only a run that asks for them is refused."""
+"""TensorBoard's and wandb's figures are the log's; without the package only a run that asks for it is refused."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,7 +61,6 @@ class Recorder:
 @pytest.fixture
 def recorders(monkeypatch):
     """All writers that were opened."""
-    import sys
     import types
 
     made = []
@@ -102,13 +106,84 @@ def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setattr(scalars, "find_spec", lambda _: None)
     engine(tmp_path, tensorboard=False).run()
     assert not (tmp_path / "tensorboard").exists()
+    assert not (tmp_path / "wandb").exists()
     with pytest.raises(UsageError, match=r"tensorboard=true needs the package: pip install 'zscore-reward\[tensorb"):
         engine(tmp_path)
+    with pytest.raises(UsageError, match=r"wandb=pictures needs the package: pip install 'zscore-reward\[wandb"):
+        engine(tmp_path, tensorboard=False, wandb="pictures")
 
 
 def test_the_setting_has_a_name():
     assert load_recipe("tiny", ["tensorboard=true"]).engine.tensorboard
     assert not load_recipe("tiny").engine.tensorboard
+    assert load_recipe("tiny", ["wandb=pictures"]).engine.wandb == "pictures"
+    assert not load_recipe("tiny").engine.wandb
+
+
+def records(file):
+    """What a file of wandb's says: after seven bytes LevelDB's log, 32 KiB blocks of (crc, length, kind, part)."""
+    proto = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    data, at, whole = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole, at = whole + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):  # a whole one, or the last part
+            yield proto.Record.FromString(whole)
+            whole = b""
+
+
+def logged(out):
+    """{(name, step): value} of all of wandb's files, and the names of its runs."""
+    found, runs = {}, set()
+    for file in sorted(out.glob("wandb/offline-run-*/*.wandb")):
+        for record in records(file):
+            if record.WhichOneof("record_type") == "run":
+                runs.add((record.run.project, record.run.run_id))
+            row = {"/".join(one.nested_key) or one.key: json.loads(one.value_json) for one in record.history.item}
+            found |= {(name, row["step"]): value for name, value in row.items() if "/" in name}
+    return found, runs
+
+
+def wandb_run(out, mode, cut):
+    """What a run says that logs to wandb, in a process of its own: wandb starts a service and keeps it to the end."""
+    code = """
+import sys
+from pathlib import Path
+from tests.trainers.test_scalars import engine
+started = engine(Path(sys.argv[1]), tensorboard=False, wandb="pictures")
+started.resume()
+started.run(lambda step, _: 1 / (int(sys.argv[2]) - step), lambda _: {"plcc_overall": 0.75})
+"""
+    without = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    home = {"HOME": str(out), "NETRC": str(out / "none"), "WANDB_MODE": mode}
+    command = [sys.executable, "-c", code, str(out), str(cut)]
+    done = subprocess.run(command, env=without | home, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stderr
+
+
+def test_wandb_keeps_them_and_a_resumed_run_is_the_same(tmp_path):
+    pytest.importorskip("wandb")
+    code, said = wandb_run(tmp_path, "offline", cut=3)
+    assert (code, "ZeroDivisionError" in said) == (1, True), said
+    code, said = wandb_run(tmp_path, "offline", cut=100)
+    assert code == 0, said
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    found, runs = logged(tmp_path)
+    assert {step for _, step in found} == {1, 2, 3, 4}
+    assert {name.split("/")[1]: value for (name, step), value in found.items() if step == 4} | {"step": 4} == rows[-1]
+    assert found["held_out/plcc_overall", 4] == 0.75
+    assert runs == {("pictures", (tmp_path / "wandb" / "run-id").read_text())}
+
+
+def test_wandb_without_a_login(tmp_path):
+    pytest.importorskip("wandb")
+    code, said = wandb_run(tmp_path, "online", cut=100)
+    assert code == 1
+    wanted = r"UsageError: wandb=pictures: No API key .*; or keep its files here: WANDB_MODE=offline"
+    assert re.search(wanted, said), said
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TensorBoard's own, of its compiled messages

@@ -33,7 +33,7 @@ from zscore_trainers.checks import check_least, check_one_of, check_positive, ch
 from zscore_trainers.guard import Guard, HedgingError
 from zscore_trainers.optimizers import OptimizerName, make_optimizers, set_rate
 from zscore_trainers.run_files import mend_log, read_log, write_whole
-from zscore_trainers.scalars import require, scalars
+from zscore_trainers.scalars import require, to_tensorboard, to_wandb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zscore_trainers.policy import ScorePolicy
+    from zscore_trainers.scalars import Write
 
 BEGUN = "settings.json"
 """Written first: what the run depends on, for a resume before there is a checkpoint."""
@@ -75,6 +76,8 @@ class EngineConfig:
     """
     tensorboard: bool = False
     """Whether the figures are written for TensorBoard too, into OUT/tensorboard."""
+    wandb: str = ""
+    """Project of Weights & Biases that the figures are logged to as well; empty logs to none."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that can't be meant.
@@ -145,7 +148,9 @@ class Engine:
         )
         self._guard = Guard(config.patience)
         if config.tensorboard:
-            require()
+            require("tensorboard", "tensorboard=true")
+        if config.wandb:
+            require("wandb", f"wandb={config.wandb}")
         self.step = 0
         """Of the next update."""
 
@@ -173,11 +178,8 @@ class Engine:
             write_whole(self._out / BEGUN, self._settings)
             mend_log(self._out / "log.jsonl")
         self._policy.train()
-        folder = self._out / "tensorboard" if first and config.tensorboard else None
-        with (
-            (self._out / "log.jsonl" if first else Path(os.devnull)).open("a") as log,
-            scalars(folder, self.step) as write,
-        ):
+        with (self._out / "log.jsonl" if first else Path(os.devnull)).open("a") as log, contextlib.ExitStack() as stack:
+            others = [stack.enter_context(one) for one in self._others()] if first else []
             while self.step < last:
                 began = time.perf_counter()
                 found = dict(self._update())
@@ -188,7 +190,8 @@ class Engine:
                     self._policy.train()
                 log.write(json.dumps({"step": self.step, **found}) + "\n")
                 log.flush()
-                write(self.step, found)
+                for write in others:
+                    write(self.step, found)
                 if first and on_step is not None:
                     on_step(self.step, found)
                 if self._is_due() or self.step == last:
@@ -196,6 +199,13 @@ class Engine:
                 complaint = self._guard.see(self.step, found)
                 if complaint is not None:
                     raise HedgingError(f"{complaint}; {self._kept()}")
+
+    def _others(self) -> Iterator[contextlib.AbstractContextManager[Write]]:
+        """What shows the log's figures beside it."""
+        if self._config.tensorboard:
+            yield to_tensorboard(self._out, self.step)
+        if self._config.wandb:
+            yield to_wandb(self._out, self._config.wandb, self._settings)
 
     def _is_due(self) -> bool:
         """Whether a checkpoint is: where steps belong together, at the end of those that `save_every` falls into."""
@@ -281,7 +291,7 @@ class Engine:
 
 def deciding(config: EngineConfig) -> dict[str, Any]:
     """The settings that a run keeps to its end: its weights, its log or its checkpoints depend on them."""
-    return {name: value for name, value in asdict(config).items() if name not in {"patience", "tensorboard"}}
+    return {name: value for name, value in asdict(config).items() if name not in {"patience", "tensorboard", "wandb"}}
 
 
 def _number(norm: Tensor) -> float:

@@ -1,11 +1,15 @@
-"""What log.jsonl says, for TensorBoard too: OUT/tensorboard, one scalar a figure.
+"""What log.jsonl says, for TensorBoard and for Weights & Biases too, one scalar a figure.
 
-TensorBoard is an extra (`pip install zscore-reward[tensorboard]`); a run that doesn't ask for it needs nothing.
+OUT/tensorboard    TensorBoard's event files
+OUT/wandb          wandb's own files; OUT/wandb/run-id names the run, which a resumed one goes on with
+
+Both are extras (`pip install zscore-reward[tensorboard]`, `[wandb]`); a run that asks for neither needs neither.
 """
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -20,35 +24,72 @@ if TYPE_CHECKING:
 HELD_OUT = ("plcc_", "hpa_")
 
 
-def require() -> None:
-    """Refuse a run that asks for what isn't installed.
+def require(package: str, setting: str) -> None:
+    """Refuse a run that asks by SETTING for what isn't installed.
 
     Raises:
         UsageError: says how to install it.
     """
-    if find_spec("tensorboard") is None:
-        raise UsageError("tensorboard=true needs the package: pip install 'zscore-reward[tensorboard]'")
+    if find_spec(package) is None:
+        raise UsageError(f"{setting} needs the package: pip install 'zscore-reward[{package}]'")
 
 
 @contextlib.contextmanager
-def scalars(folder: Path | None, step: int = 0) -> Iterator[Write]:
+def to_tensorboard(out: Path, step: int = 0) -> Iterator[Write]:
     """A function that writes the figures of a step.
 
     Args:
-        folder: of the event files; None writes nothing.
+        out: folder of the run.
         step: steps that were done before; what an interrupted run wrote beyond them is hidden.
     """
-    if folder is None:
-        yield lambda _step, _found: None
-        return
     from torch.utils.tensorboard import SummaryWriter
 
     build: Any = SummaryWriter  # untyped
-    with build(folder, purge_step=step + 1 if step else None) as writer:
+    with build(out / "tensorboard", purge_step=step + 1 if step else None) as writer:
 
         def write(step: int, found: Mapping[str, float]) -> None:
-            for name, value in found.items():
-                group = "held_out" if name.startswith(HELD_OUT) else "training"
-                writer.add_scalar(f"{group}/{name}", value, step)
+            for name, value in _named(found).items():
+                writer.add_scalar(name, value, step)
 
         yield write
+
+
+@contextlib.contextmanager
+def to_wandb(out: Path, project: str, settings: Mapping[str, Any]) -> Iterator[Write]:
+    """A function that logs the figures of a step to Weights & Biases; WANDB_MODE=offline keeps them in OUT.
+
+    Args:
+        out: folder of the run.
+        project: name of wandb's project.
+        settings: shown as the run's configuration.
+
+    Raises:
+        UsageError: wandb can't be reached or wants a login.
+    """
+    import wandb as package
+
+    api: Any = package  # its annotations are not strict
+    (out / "wandb").mkdir(parents=True, exist_ok=True)
+    kept = out / "wandb" / "run-id"
+    if not kept.exists():
+        kept.write_text(secrets.token_hex(4))
+    try:
+        started = api.init(
+            project=project,
+            id=kept.read_text(),
+            resume="allow",
+            dir=out,
+            config=dict(settings),
+            settings=api.Settings(console="off"),
+        )
+    except api.Error as error:
+        raise UsageError(
+            f"wandb={project}: {' '.join(str(error).split())}; or keep its files here: WANDB_MODE=offline"
+        ) from error
+    with started as run:
+        run.define_metric("*", step_metric="step")  # its own count never goes back, a resumed run's steps do
+        yield lambda step, found: run.log({"step": step, **_named(found)})
+
+
+def _named(found: Mapping[str, float]) -> dict[str, float]:
+    return {f"{'held_out' if name.startswith(HELD_OUT) else 'training'}/{name}": one for name, one in found.items()}
