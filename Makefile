@@ -8,7 +8,7 @@ PINS := pyproject.toml --all-extras --universal --python-version 3.11 --no-annot
 # Where this is set (many containers do), every process compiles torch and transformers anew: 6 s a start.
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
-.PHONY: setup setup-dev demo test lint type bench docs check pins clean help
+.PHONY: setup setup-dev demo test lint type bench study docs check pins clean help
 
 setup: ## install what `zscore` needs into .venv
 	@$(PYTHON) scripts/install.py base --device $(DEVICE)
@@ -30,8 +30,12 @@ lint: setup-dev ## ruff, its formatter, import directions
 type: setup-dev ## mypy, strict
 	$(BIN)/mypy
 
-bench: setup-dev ## every benchmark: a table each, JSON under benchmarks/results
-	@set -e; for bench in benchmarks/[!_]*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+bench: setup-dev ## every benchmark but the studies: a table each, JSON under benchmarks/results
+	@set -e; for bench in $(filter-out benchmarks/world_%,$(wildcard benchmarks/[!_]*.py)); do \
+		echo "== $$bench"; $(BIN)/python $$bench; done
+
+study: setup-dev ## the trainers' studies in the rubric world, hours: base, learning rates, comparison
+	@set -e; for study in base rates study; do $(BIN)/python benchmarks/world_$$study.py; done
 
 docs: setup-dev ## write docs/cli.md from the commands' own help
 	$(BIN)/python scripts/cli_reference.py

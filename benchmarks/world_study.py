@@ -174,7 +174,7 @@ def main() -> None:
     given = parser.parse_args()
     work, study = given.work.resolve(), Study()
     base = (given.base or base_model(work, study)).resolve()
-    options = WorldOptions(split="test", prompts=study.test_prompts, candidates=study.candidates, seed=1000)
+    options = WorldOptions(split="test", prompts=study.test_prompts, candidates=study.candidates, seed=2000)
     hashed = weights_hash(base)
     rates = chosen_rates(hashed)
     same_study(work, {**asdict(study), "base": hashed, "learning_rates": rates})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -21,7 +23,7 @@ SEEDS = (0, 1)
 @pytest.fixture
 def study(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for module in ("_common", "world_study"):
+    for module in ("_common", "_world_runs", "_world_scores", "world_rates", "world_study"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     script = importlib.import_module("world_study")
     chosen = {"zero", "zero_told", "gdso", "grpo"}
@@ -103,3 +105,35 @@ def test_the_table_has_a_row_a_method(study, work, capsys):
     row = next(line for line in lines if line.startswith("| GDSO"))
     assert row == "| GDSO (the teacher) | 1.000 | 1.000 | 1.000 [1.000, 1.000] | 1.000 | 1.00 | 1.00 | 20 | 12 |"
     assert {line.count("|") for line in lines if line.startswith(("| method", "|---|---|---|---", "| GRPO"))} == {10}
+
+
+def test_a_rate_for_each_method_by_its_validation_prompts(study):
+    rates = importlib.import_module("world_rates")
+    assert rates.best({"3e-05": {"hpa": 0.7}, "0.0001": {"hpa": 0.9}, "0.0003": {"hpa": 0.8}}) == 1e-4
+    assert rates.best({"3e-05": {"hpa": 0.7}, "0.0001": {"hpa": 0.9}, "0.0003": {"hpa": 0.9}}) == 1e-4
+
+
+def test_rates_are_those_chosen_for_this_base(monkeypatch, study, tmp_path):
+    runs = importlib.import_module("_world_runs")
+    monkeypatch.setattr(study, "METHODS", runs.METHODS)
+    chosen = {method.name: rate for rate, method in enumerate((m for m in runs.METHODS if m.rates), 1)}
+    result = {"base_weights": "sha256:a", "chosen": chosen}
+    (tmp_path / "world_rates.json").write_text(json.dumps({"result": result}))
+    found = study.chosen_rates("sha256:a", tmp_path)
+    assert found == chosen | {"risd_more": chosen["risd"]}
+    assert found["grpo"] != found["grpo_text"]
+    with pytest.raises(SystemExit, match="chosen for base sha256:a, not sha256:b: run world_rates.py with it"):
+        study.chosen_rates("sha256:b", tmp_path)
+
+
+def test_what_is_swept_is_what_is_trained(study, work):
+    """A run's scores are read from the folder of its rate."""
+    rates = importlib.import_module("world_rates")
+    (work / "test").rename(work / "validation")
+    runner = SimpleNamespace(folder=work / "seed-0")
+    by_name = {one.name: one for one in study.METHODS}
+    (work / "seed-0" / "gdso.parquet").rename(work / "seed-0" / "gdso-0.0001.parquet")
+    (work / "seed-0" / "grpo.parquet").rename(work / "seed-0" / "gdso-3e-05.parquet")
+    found = {rate: rates.reached(work, runner, by_name["gdso"], rate, study.Study()) for rate in (1e-4, 3e-5)}
+    assert found[1e-4]["hpa"] == 1
+    assert found[3e-5]["hpa"] == 0
