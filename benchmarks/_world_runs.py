@@ -56,6 +56,7 @@ class Method:
     algorithm: str | None
     reasons: bool
     data: str = LABELS
+    """What it learns from; risd, its teacher's scores of the shards."""
     shards: str = "labelled"
     settings: tuple[str, ...] = ()
     teacher: str | None = None
@@ -71,7 +72,7 @@ RATES = (3e-5, 1e-4, 3e-4)
 METHODS = (
     Method("zero", "zero-shot", None, reasons=False),
     Method("zero_told", "zero-shot, with reasoning", None, reasons=True),
-    Method("sft", "SFT", "sft", reasons=False, rates=RATES),
+    Method("sft", "SFT", "sft", reasons=False, rates=(1e-5, *RATES)),
     Method("rewarddance", "RewardDance", "rewarddance", reasons=True, data=REASONINGS, rates=RATES),
     Method(
         "grpo_text",
@@ -89,7 +90,6 @@ METHODS = (
         "RISD, same pictures",
         "risd",
         reasons=False,
-        data="teacher-labelled.parquet",
         teacher="gdso",
         rates=RATES,
     ),
@@ -98,7 +98,6 @@ METHODS = (
         "RISD, more pictures",
         "risd",
         reasons=False,
-        data="teacher-more.parquet",
         shards="more",
         teacher="gdso",
     ),
@@ -133,17 +132,17 @@ class Runner:
         settings = [f"steps={study.steps}", f"learning_rate={rate}", f"warmup={study.warmup}"]
         settings += [f"seed={self._seed}", "held_out=0", "evaluate_every=0", *method.settings]
         flags = [part for setting in settings for part in ("--set", setting)]
-        data = ["--data", method.data, "--model", str(self._base), "--out", out]
+        table = self._said(teacher, method.shards) if method.algorithm == "risd" else method.data
+        data = ["--data", table, "--model", str(self._base), "--out", out]
         if method.algorithm == "opd":
             data += ["--teacher", f"{teacher}/model"]
         assert method.algorithm is not None
         asked = ("train", method.algorithm, method.shards, "--recipe", "tiny", "--resume")
         self._stage(f"{out}/model/zscore.json", *asked, *data, *flags)
 
-    def teach(self, teacher: str) -> None:
-        """What the teacher says of the pictures that its students see."""
-        for name in ("labelled", "more"):
-            self.score(name, f"{teacher}/model", f"teacher-{name}.parquet", reasons=True)
+    def teach(self, teacher: str, shards: str) -> None:
+        """What the teacher says of pictures that its students see."""
+        self.score(shards, f"{teacher}/model", self._said(teacher, shards), reasons=True)
 
     def score(self, shards: Path | str, model: Path | str, out: Path | str, *, reasons: bool) -> None:
         """Expected scores and distributions of all pictures."""
@@ -152,19 +151,22 @@ class Runner:
         self._stage(str(out), "score", str(shards), *where, *told)
 
     def seconds(self) -> dict[str, float]:
-        """What each stage took, by its result."""
+        """Processor time that each stage took, by its result; other processes share the cores."""
         kept = self.folder / "seconds.json"
         return dict(json.loads(kept.read_text())) if kept.exists() else {}
+
+    def _said(self, teacher: str, shards: str) -> str:
+        return f"{teacher}-{shards}.parquet"
 
     def _stage(self, result: str, *arguments: str) -> None:
         if (self.folder / result).exists():
             return
-        began = time.perf_counter()
+        began = time.process_time()
         with (self.folder / "log.txt").open("a") as log, contextlib.chdir(self.folder):
             log.write(f"\nzscore {' '.join(arguments)}\n")
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 build_app()(list(arguments), standalone_mode=False)
-        took = {**self.seconds(), result: time.perf_counter() - began}
+        took = {**self.seconds(), result: time.process_time() - began}
         (self.folder / "seconds.json").write_text(json.dumps(took))
 
 

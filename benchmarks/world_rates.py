@@ -28,14 +28,14 @@ SEED = 50
 VALIDATION = WorldOptions(split="validation", prompts=96, candidates=4, seed=1050)
 
 
-def folder_of(method: Method, rate: float) -> str:
+def folder_of(method: Method, rate: float, teacher: str = "") -> str:
     """A run's, within the seed's."""
-    return f"{method.name}-{rate:g}"
+    return f"{method.name}-{rate:g}{teacher and f'-of-{teacher}'}"
 
 
-def reached(work: Path, runner: Runner, method: Method, rate: float, study: Study) -> dict[str, float]:
+def reached(work: Path, scores: Path, study: Study) -> dict[str, float]:
     """Agreement with the truth on the validation prompts, mean of the dimensions."""
-    found = read(runner.folder / f"{folder_of(method, rate)}.parquet", read_truth(work / "validation"))
+    found = read(scores, read_truth(work / "validation"))
     once_BG = np.ones((1, int(found.group_N.max()) + 1))
     of = functions(found, study.margin)
     return {metric: float(of[metric](once_BG)[0]) for metric in METRICS}
@@ -48,24 +48,25 @@ def best(of_rates: dict[str, dict[str, float]]) -> float:
 
 def sweep(work: Path, runner: Runner, method: Method, study: Study) -> dict[str, dict[str, float]]:
     """Train and score it at all of its rates."""
-    teacher = ""
+    teacher, found = "", {}
     if method.teacher is not None:
         (taught_by,) = (one for one in METHODS if one.name == method.teacher)
         teacher = folder_of(taught_by, best(sweep(work, runner, taught_by, study)))
-        runner.teach(teacher)
+        runner.teach(teacher, method.shards)
     for rate in method.rates:
-        out = folder_of(method, rate)
+        out = folder_of(method, rate, teacher)
         runner.train(method, rate, out, teacher)
         runner.score(work / "validation", f"{out}/model", f"{out}.parquet", reasons=method.reasons)
-    return {f"{rate:g}": reached(work, runner, method, rate, study) for rate in method.rates}
+        found[f"{rate:g}"] = reached(work, runner.folder / f"{out}.parquet", study)
+    return found
 
 
 def untrained(work: Path, runner: Runner, base: Path, study: Study) -> dict[str, dict[str, float]]:
     """What the base reaches, at once and reasoning, on the same prompts."""
     found = {}
     for method in (one for one in METHODS if one.algorithm is None):
-        runner.score(work / "validation", base, f"{folder_of(method, 0)}.parquet", reasons=method.reasons)
-        found[method.name] = reached(work, runner, method, 0, study)
+        runner.score(work / "validation", base, f"{method.name}.parquet", reasons=method.reasons)
+        found[method.name] = reached(work, runner.folder / f"{method.name}.parquet", study)
     return found
 
 
@@ -104,6 +105,9 @@ def main() -> None:
     if given.methods:
         return
     chosen = {name: best(of) for name, of in found.items()}
+    for method in swept:
+        if chosen[method.name] in (min(method.rates), max(method.rates)):
+            print(f"{method.title}: the outermost of its rates is best; try more")
     show(found, chosen)
     report(
         "world_rates",

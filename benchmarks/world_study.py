@@ -73,7 +73,7 @@ def run(work: Path, base: Path, seed: int, study: Study, rates: dict[str, float]
     runner.draw()
     for method in METHODS:
         if method.teacher is not None:
-            runner.teach(method.teacher)
+            runner.teach(method.teacher, method.shards)
         if method.algorithm:
             runner.train(method, rates[method.name], method.name, method.teacher or "")
         model = f"{method.name}/model" if method.algorithm else base
@@ -134,10 +134,10 @@ def interval(values_B: NDArray[np.float64]) -> list[float]:
 
 
 def train_seconds(work: Path, base: Path, seeds: Sequence[int], study: Study) -> dict[str, float]:
-    """Mean over the seeds, of training alone."""
+    """Mean over the seeds, of training alone: processor time of one thread."""
     kept = [Runner(work, base, seed, study).seconds() for seed in seeds]
     return {
-        method.name: float(np.mean([one.get(f"{method.name}/model/zscore.json", 0.0) for one in kept]))
+        method.name: float(np.mean([one[f"{method.name}/model/zscore.json"] for one in kept]))
         for method in METHODS
         if method.algorithm
     }
@@ -145,7 +145,7 @@ def train_seconds(work: Path, base: Path, seeds: Sequence[int], study: Study) ->
 
 def show(found: dict[str, Any], seconds: dict[str, float]) -> None:
     """Tables for trainers/README.md."""
-    print("\n| method | PLCC | SRCC | HPA | margin HPA | seen rightly | compared | output tokens | training, s |")
+    print("\n| method | PLCC | SRCC | HPA | margin HPA | seen rightly | compared | output tokens | training, CPU s |")
     print(f"|{'---|' * 9}")
     for method in METHODS:
         cells = [f"{found['values'][method.name][metric]:.3f}" for metric in METRICS]
