@@ -4,7 +4,8 @@
     python scripts/demo_student.py WORK --install    and copies the result to zscore/demo/checkpoint
 
 Every stage is a command that a user would type. Scenes of all of them are drawn for prompts of the `train` split; the
-figures in recipe.json are from the `test` split, which none has seen.
+figures in recipe.json are from prompts of the `test` split that were drawn when the recipe was settled: none was seen
+in training, and none when anything was chosen.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+
+from zscore.checkpoint import weights_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "zscore" / "demo" / "checkpoint"
@@ -42,7 +45,7 @@ STAGES = (
     ("unlabelled/truth.csv", f"-m zscore_trainers.world unlabelled --prompts 448 --seed {SEED + 2}"),
     ("teacher.parquet", SCORE_BY_TEACHER),
     ("student/model/zscore.json", TRAIN_STUDENT),
-    ("test/truth.csv", f"-m zscore_trainers.world test --split test --prompts 512 --seed {SEED + 3}"),
+    ("test/truth.csv", f"-m zscore_trainers.world test --split test --prompts 512 --seed {SEED + 1000}"),
     ("test.parquet", f"{ZSCORE} score test --model student/model --engine transformers --out test.parquet"),
     ("test-base.parquet", f"{ZSCORE} score test --model base/model --engine transformers --out test-base.parquet"),
     ("test-teacher.parquet", SCORE_TEST_BY_TEACHER),
@@ -89,6 +92,7 @@ def main() -> None:
         "seed": SEED,
         "commands": [" ".join(["python", *shlex.split(command)]) for _, command in STAGES],
         "versions": {name: version(name) for name in ("torch", "transformers", "zscore-reward")},
+        "weights": weights_hash(given.work / "student" / "model"),
         "reached": reached,
         "before": {name: compared(f"test-{name}", given.work) for name in ("base", "teacher")},
     }

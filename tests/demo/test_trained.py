@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zscore.checkpoint import read_checkpoint
+from zscore.checkpoint import read_checkpoint, weights_hash
 from zscore.demo.trained import demo_student
 from zscore.rubrics.rubric import load_rubric
 from zscore_trainers.world.shards import WorldOptions, split_of, write_world
@@ -41,7 +41,8 @@ def test_its_recipe_is_recorded():
 
 
 def test_it_reached_what_it_was_to_reach():
-    """On at least 2,000 pairs of prompts that no stage has seen."""
+    """On at least 2,000 pairs of prompts that no stage has seen; by these very weights."""
+    assert RECIPE["weights"] == weights_hash(demo_student())
     reached = RECIPE["reached"]
     assert min(one["pairs"] for one in reached.values()) >= 2000
     assert reached["overall"]["hpa"] >= 0.80

@@ -14,6 +14,7 @@ from tests.tars import END, member
 from zscore.errors import TableError, UsageError
 from zscore.human import Ratings, read_table
 from zscore.rubrics.rubric import load_rubric
+from zscore.samples import ReadOptions
 from zscore.shards import expand
 from zscore_trainers.annotations import BuildOptions, build, check_raters, write
 
@@ -140,6 +141,35 @@ def test_samples_that_the_shards_lack_are_counted(tmp_path):
     assert (made.samples.height, made.unmatched) == (2, 3)
     with pytest.raises(TableError, match="none of the 1 rated samples is in the shards"):
         build(ratings([("x", "realism", "r", 3.0)]), shard(tmp_path, ["a"]), OPTIONS)
+
+
+def test_a_key_in_two_shards(tmp_path):
+    """Nobody can tell which of the two was rated; others in these shards do no harm."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        shard(tmp_path / name, ["one", "two"])
+    both = expand([str(tmp_path / "a"), str(tmp_path / "b")])
+    with pytest.raises(TableError) as raised:
+        build(ratings([("k1", "realism", "r", 3.0)]), both, OPTIONS)
+    a, b = (one.name for one in both)
+    said = f"ratings.csv: key 'k1' is of sample 1 of {a} and sample 1 of {b}: name the samples in the ratings by shard"
+    assert said in str(raised.value)
+    named = pl.DataFrame({"shard": [a, b], "index": [1, 1], "dimension": "realism", "rater": "r", "score": [2.0, 4.0]})
+    made = build(Ratings(named, False, "ratings.csv"), both, OPTIONS)
+    assert made.samples["realism"].to_list() == [2.0, 4.0]
+
+
+def test_shards_of_which_nothing_can_be_read(tmp_path):
+    """A prompt elsewhere in the sample is read where one says so."""
+    data = member("k0.png", b"x") + member("k0.json", b'{"text": "a dog"}')
+    (tmp_path / "a.tar").write_bytes(data + END)
+    found, rows = expand([str(tmp_path / "a.tar")]), ratings([("k0", "realism", "r", 3.0)])
+    with pytest.raises(
+        TableError, match=r"^no sample of the shards can be read; .*a\.tar: .*json:prompt.*--prompt-keys"
+    ):
+        build(rows, found, OPTIONS)
+    options = BuildOptions(values=LEVELS, min_agreement=-1, read=ReadOptions(prompt_keys="json:text"))
+    assert build(rows, found, options).samples["prompt"].to_list() == ["a dog"]
 
 
 @pytest.mark.parametrize(("name", "value"), [("test_share", 1.0), ("test_share", -0.1), ("min_agreement", 2.0)])

@@ -13,6 +13,7 @@ from tests.trainers import world_set
 from tests.trainers.test_train import FAST, options, world  # noqa: F401 - a fixture
 from zscore.cli.app import build_app
 from zscore.errors import UsageError
+from zscore_trainers import budget as budget_module
 from zscore_trainers.bodies import BODIES, meta_model
 from zscore_trainers.budget import Counts, Work, activations, budget, counts, logits, plan, table
 from zscore_trainers.recipes import RECIPES, load_recipe
@@ -165,7 +166,7 @@ class TestArchitectures:
     def test_the_body_of_a_recipe(self, name):
         assert name in RECIPES
         said = plan(load_recipe(name), name, "Qwen/not-here").splitlines()
-        assert f"(the architecture of {name})" in said[0]
+        assert f"(the architecture of {name}, for 'Qwen/not-here' can't be read from here)" in said[0]
         assert said[1].split()[-6:] == ["8", "GPUs", "16", "GPUs", "32", "GPUs"]
         assert said[-1].split()[-3:] == ["yes", "yes", "yes"]
 
@@ -183,6 +184,11 @@ class TestArchitectures:
         said = plan(load_recipe("z-reward-9b"), "z-reward-9b", str(world / "body"))
         assert "config.json" in said
         assert "0.00 billion weights" in said
+
+    def test_a_hub_id_s_config_too(self, world, monkeypatch):  # noqa: F811
+        """A student's recipe with a teacher's weights would seem to fit."""
+        monkeypatch.setattr(budget_module, "find_checkpoint", lambda model, weights: world / "body")
+        assert "0.00 billion weights" in plan(load_recipe("z-reward-9b"), "z-reward-9b", "Qwen/Qwen3.5-27B")
 
     def test_another_architecture(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "llava"}')

@@ -56,6 +56,23 @@ class TestRule:
         assert complaint(history(FALLING, [1.0, 1.1, 1.2, 1.3, 1.4]), 3) is None
         assert complaint(history(FALLING, [1.0, 1.1, 1.2, 1.3, 1.4], "reward"), 3) is not None
 
+    @pytest.mark.parametrize(
+        ("name", "values"), [("reward", [0.9, 0.8, 0.7, 0.6, 0.5]), ("reverse_kl", [1, 2, 3, 4, 5])]
+    )
+    def test_the_loss_of_sampled_outputs_says_nothing(self, name, values):
+        """A policy gradient's loss is around zero whatever is learned; this run gets worse in every way."""
+        both = [
+            Evaluation(one.step, one.agreement, {**one.figures, name: value})
+            for one, value in zip(history(FALLING), values, strict=True)
+        ]
+        assert complaint(history(FALLING), 3) is not None
+        assert complaint(both, 3) is None
+
+    def test_a_teacher_s_words_come_nearer_as_agreement_falls(self):
+        said = complaint(history(FALLING, [5, 4, 3, 2, 1], "reverse_kl"), 3)
+        assert said is not None
+        assert "reverse_kl went from 4 to 1" in said
+
     def test_patience(self):
         assert [complaint(history(FALLING), patience) is not None for patience in range(6)] == [
             False,  # off

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from zscore_trainers import held_out as held_out_module
 from zscore_trainers.guard import WATCHED, Guard
 from zscore_trainers.held_out import HeldOut, HeldOutReasoning
 from zscore_trainers.rollouts import Rollout
@@ -62,6 +63,25 @@ class TestCollapse:
         found = HeldOutReasoning(direct, Alike(score_at))(None)
         assert found[WATCHED] == 0
         assert found["held_out_valid"] == (score_at is not None)
+
+    def test_pictures_are_decoded_some_at_a_time(self, monkeypatch):
+        """Each picture's scores are its own, however many are drawn for at once."""
+        direct, asked = held_out(), []
+
+        def prompts(numbers):
+            asked.append(list(numbers))
+            return [[(number, at) for at in range(2)] for number in numbers]
+
+        class Echo(Alike):
+            def draw(self, prompts, seeds):
+                return [SimpleNamespace(prompt=one, written=SimpleNamespace(score_at=0)) for one in prompts]
+
+        direct.prompts = prompts
+        direct.read = lambda policy, drawn: torch.tensor([1.0 + one.prompt[0] + one.prompt[1] / 4 for one in drawn])
+        whole = HeldOutReasoning(direct, Echo(0))(None)
+        monkeypatch.setattr(held_out_module, "AT_ONCE", 3)
+        assert HeldOutReasoning(direct, Echo(0))(None) == whole
+        assert asked == [[0, 1, 2, 3], [0, 1, 2], [3]]
 
     def test_the_guard_sees_it(self):
         """Agreement that falls and then is gone altogether, while the loss goes on falling."""

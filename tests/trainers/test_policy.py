@@ -152,6 +152,20 @@ def test_log_partition_and_its_gradients_in_float64(vocabulary):
     torch.testing.assert_close(gradients_found, wanted_gradients, rtol=1e-5, atol=1e-6)
 
 
+def test_log_partition_of_bfloat16_is_exact():
+    """Rounded logits of 20 and more would be off by 0.06, and a mass of 1 would come out as 1.06."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32).bfloat16(), torch.randn(5000, 32).bfloat16()
+    found = log_partition(hidden.requires_grad_(), weight.requires_grad_())
+    exact = (hidden.double() @ weight.double().T).logsumexp(-1)
+    assert exact.max() > 20
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)
+    rounded = torch.autograd.grad(found.sum(), (hidden, weight))
+    wanted = torch.autograd.grad(exact.sum(), (hidden, weight))
+    for mine, right in zip(rounded, wanted, strict=True):
+        torch.testing.assert_close(mine, right, rtol=8e-3, atol=1e-5)  # one rounding, of the result
+
+
 def test_distillation_and_mass_at_every_probe(model):
     """Against all logits: eq. 15 over the level tokens, and the share of them in the whole vocabulary."""
     prompts = [joint(seed, words=20 + 9 * seed) for seed in range(2)]

@@ -68,9 +68,11 @@ def test_a_resize_is_the_served_one_up_to_rounding(student, reward, scenes):
     np.testing.assert_allclose(found[0].numpy(), [served[name].mean for name in world_set.RUBRIC.names], atol=5e-3)
 
 
-def test_gradients_of_the_pixels_by_finite_differences(reward, scenes):
+@pytest.mark.parametrize("size", [(96, 96), (150, 130)], ids=["as it is", "scaled down"])
+def test_gradients_of_the_pixels_by_finite_differences(reward, scenes, size):
     """Each dimension's mean, along the gradient and along another direction; float32 leaves three digits."""
-    picture = (0.1 + 0.8 * render(Canvas.of(scenes[:1]))).detach().requires_grad_()
+    drawn = torch.nn.functional.interpolate(0.1 + 0.8 * render(Canvas.of(scenes[:1])), size, mode="bilinear")
+    picture = drawn.detach().requires_grad_()
     said = prompts(scenes[:1])
     for number in range(4):
         (gradient,) = torch.autograd.grad(reward.scores(said, picture)[0, number], picture)

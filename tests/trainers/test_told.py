@@ -37,6 +37,20 @@ def sample(shard="a/x.tar", index=0, key="p0", failure=None):
     return Sample(shard, index, key, "a dog", "", b"", failure)
 
 
+def test_separators_within_a_reasoning_and_empty_lines(tmp_path):
+    """Raw, as JSON allows it: a line of the file ends at a newline alone."""
+    words = "It is\u2028clean.\x85"
+    (tmp_path / "r.jsonl").write_text(json.dumps(line(reasoning=words), ensure_ascii=False) + "\n\n")
+    found = read_told(str(tmp_path / "r.jsonl"), RUBRIC)
+    (said,) = found._words["p0"].values()
+    assert said.reasoning == words
+
+
+def test_a_key_that_is_none(tmp_path):
+    with pytest.raises(TableError, match=r"r\.jsonl, line 1: a JSON object with key, .* \(unhashable type: 'list'\)"):
+        table(tmp_path, line(key=["p0"]))
+
+
 class TestWhoseTheyAre:
     def test_a_key_that_one_sample_has(self, tmp_path):
         found = table(tmp_path, line(), line(key="p1"))

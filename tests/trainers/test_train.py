@@ -19,7 +19,7 @@ from tests.trainers import world_set
 from zscore.cli.app import build_app
 from zscore.errors import ModelError, TableError, UsageError
 from zscore.rubrics.rubric import load_rubric
-from zscore.samples import read_samples
+from zscore.samples import ReadOptions, read_samples
 from zscore.scorer import Scorer
 from zscore.shards import expand
 from zscore_trainers.annotations import BuildOptions, build, write
@@ -266,6 +266,32 @@ class TestRefusals:
         changed = options(world, tmp_path / "run", shards=(str(tmp_path / "world-000000.tar"),))
         with pytest.raises(TableError, match=said):
             train(changed, load_recipe("tiny", FAST))
+
+    def test_test_prompts_of_the_ratings(self, world, tmp_path):
+        """A teacher's scores know no split: what is kept for evaluation is named."""
+        table = pl.read_parquet(world / "annotated" / "annotations.parquet")
+        held = table["prompt"].unique().sort()[:3]
+        split = pl.when(pl.col("prompt").is_in(held.implode())).then(pl.lit("test")).otherwise(pl.lit("train"))
+        table.with_columns(split=split).write_parquet(tmp_path / "a.parquet")
+        asked = options(world, tmp_path / "run", without=str(tmp_path / "a.parquet"))
+        made = train(asked, load_recipe("tiny", FAST))
+        without = table.filter(pl.col("prompt").is_in(held.implode())).height
+        assert made.samples + made.held_out == 16 - without
+        assert made.left_out == {f"have a test prompt of {tmp_path / 'a.parquet'}": without}
+        table.with_columns(split=pl.lit("test")).write_parquet(tmp_path / "a.parquet")
+        with pytest.raises(UsageError, match="all 16 samples have test prompts of"):
+            train(options(world, tmp_path / "other", without=str(tmp_path / "a.parquet")), load_recipe("tiny", FAST))
+        with pytest.raises(TableError, match=r"isn't a table of annotations \(annotations.parquet\)"):
+            train(options(world, tmp_path / "third", without=str(tmp_path)), load_recipe("tiny", FAST))
+
+    def test_prompts_elsewhere_in_the_shards(self, world, tmp_path):
+        for shard in (world / "world").glob("*.tar"):
+            rewrite(shard, tmp_path / shard.name, ".json", lambda data: data.replace(b'"prompt"', b'"text"'))
+        shards = (str(tmp_path / "world-000000.tar"),)
+        with pytest.raises(UsageError, match="--prompt-keys"):
+            train(options(world, tmp_path / "run", shards=shards), load_recipe("tiny", FAST))
+        asked = options(world, tmp_path / "other", shards=shards, read=ReadOptions(prompt_keys="json:text"))
+        assert train(asked, load_recipe("tiny", FAST)).left_out == {}
 
     @pytest.mark.parametrize(
         ("algorithm", "layout", "wanted"),

@@ -10,7 +10,7 @@ averaged); one who stays below the threshold is left out, and named.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,7 @@ from scipy import stats
 
 from zscore.errors import TableError, UsageError
 from zscore.human import Aggregation, Ratings, aggregate
-from zscore.samples import read_samples
+from zscore.samples import ReadOptions, read_samples
 from zscore_trainers.targets import nearest
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FEWEST_SHARED = 5
 """Ratings that a rater must share with others in a dimension to be checked there."""
 TAR_SUFFIX = r"(?i)\.(tar|tgz|tar\.gz)$"
+SAMPLE = {"shard": pl.String, "index": pl.Int64, "key": pl.String, "prompt": pl.String, "group": pl.String}
 ANNOTATIONS, PAIRS = "annotations.parquet", "pairs.parquet"
 
 
@@ -47,6 +48,7 @@ class BuildOptions:
     aggregation: Aggregation = "trimmed"
     test_share: float = 0.1
     """Of the prompts, for evaluation: by the prompt's hash, so the same whatever else there is."""
+    read: ReadOptions = field(default_factory=ReadOptions)
 
     def __post_init__(self) -> None:
         """Refuse shares that are none.
@@ -178,23 +180,32 @@ def check_out(out: Path) -> None:
 def _with_samples(
     wide: pl.DataFrame, ratings: Ratings, shards: Iterable[ShardRef], options: BuildOptions
 ) -> pl.DataFrame:
-    rows = [
-        (sample.shard, sample.index, sample.key, sample.prompt, sample.group)
-        for shard in shards
-        for sample in read_samples(shard)
-        if sample.failure is None
-    ]
-    names = ["shard", "index", "key", "prompt", "group"]
-    found = pl.DataFrame(rows, schema=names, orient="row", schema_overrides={"index": pl.Int64})
+    samples = [replace(sample, image=b"") for shard in shards for sample in read_samples(shard, options.read)]
+    rows = [(one.shard, one.index, one.key, one.prompt, one.group) for one in samples if one.failure is None]
+    if samples and not rows:
+        raise TableError(f"no sample of the shards can be read; {samples[0].shard}: {samples[0].failure}")
+    found = pl.DataFrame(rows, schema=SAMPLE, orient="row")
     by: list[str] = [name for name in ("index", "key") if name in ratings.sample]
     if "shard" in ratings.sample:  # ratings may call a shard without its suffix
         bare = pl.col("shard").str.replace(TAR_SUFFIX, "")
         found, wide = found.with_columns(_shard=bare), wide.with_columns(_shard=bare).drop("shard")
         by.append("_shard")
     wide = wide.drop("group", strict=False)
+    _check_single(found.join(wide, on=by, how="semi"), by, ratings)
     joined = found.join(wide, on=by, how="inner", validate="1:1").drop("_shard", strict=False)
     split = pl.col("prompt").map_elements(lambda prompt: _split(prompt, options.test_share), return_dtype=pl.String)
     return joined.with_columns(split=split).sort("shard", "index")
+
+
+def _check_single(rated: pl.DataFrame, by: Sequence[str], ratings: Ratings) -> None:
+    """Refuse ratings of which nobody can tell whose they are."""
+    twice = rated.filter(pl.struct(by).is_duplicated())
+    if twice.height:
+        one, other = twice.filter(pl.struct(by) == twice.select(pl.struct(by)).row(0)[0]).head(2).iter_rows(named=True)
+        whose = " and ".join(f"sample {row['index']} of {row['shard']}" for row in (one, other))
+        raise TableError(
+            f"{ratings.source}: key '{one['key']}' is of {whose}: name the samples in the ratings by shard and index"
+        )
 
 
 def _split(prompt: str, test_share: float) -> str:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zscore.errors import UsageError
+from zscore.checkpoint import find_checkpoint
+from zscore.errors import ModelError, UsageError
 from zscore.rubrics.rubric import load_rubric
 from zscore_trainers import parallel
 from zscore_trainers.bodies import BODIES, meta_model
@@ -179,12 +180,13 @@ def plan(recipe: Recipe, name: str, model: str) -> str:
     Args:
         recipe: with its changes.
         name: of the recipe, which says what architecture it is meant for.
-        model: a checkpoint's folder; where there is none, the recipe's own architecture is taken.
+        model: a checkpoint's folder or hub id; where its config.json can't be had, the recipe's own architecture is
+            taken, and that is said.
 
     Raises:
         UsageError: neither gives an architecture of the Qwen3.5 family.
     """
-    file = Path(model) / "config.json"
+    file = _config_of(model)
     if not file.is_file() and name not in BODIES:
         raise UsageError(
             f"no config.json in '{model}', and recipe '{name}' has no architecture of its own: give a folder"
@@ -196,7 +198,7 @@ def plan(recipe: Recipe, name: str, model: str) -> str:
     if recipe.lora_rank:
         add_adapters(body, recipe.lora_rank, recipe.lora_alpha, recipe.lora_modules)
     found = counts(body)
-    origin = str(file) if file.is_file() else f"the architecture of {name}"
+    origin = str(file) if file.is_file() else f"the architecture of {name}, for '{model}' can't be read from here"
     head = f"{(found.trained + found.frozen) / 1e9:.2f} billion weights ({origin}), {found.trained / 1e9:.2f} trained"
     said = f"{head}\n{table(found, config, [(gpus, _work(recipe, config, gpus)) for gpus in GPUS])}"
     uneven = [str(gpus) for gpus in GPUS if recipe.algorithm.batch_size % gpus]
@@ -204,6 +206,14 @@ def plan(recipe: Recipe, name: str, model: str) -> str:
         size = recipe.algorithm.batch_size
         said += f"\nbatch_size is {size}: {' or '.join(uneven)} GPUs can't share it, set a multiple"
     return said
+
+
+def _config_of(model: str) -> Path:
+    """Its config.json, which need not be there; a hub id's is fetched where the hub can be reached."""
+    try:
+        return find_checkpoint(model, weights=False) / "config.json"
+    except ModelError:
+        return Path(model) / "config.json"
 
 
 def _work(recipe: Recipe, config: Mapping[str, Any], gpus: int) -> Work:

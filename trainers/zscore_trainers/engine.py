@@ -33,7 +33,7 @@ from zscore_trainers.checks import check_least, check_one_of, check_positive, ch
 from zscore_trainers.guard import Guard, HedgingError
 from zscore_trainers.optimizers import OptimizerName, make_optimizers, set_rate
 from zscore_trainers.run_files import mend_log, read_log, write_whole
-from zscore_trainers.scalars import require, to_tensorboard, to_wandb
+from zscore_trainers.scalars import check, to_tensorboard, to_wandb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -147,10 +147,8 @@ class Engine:
             policy, config.optimizer, betas=config.betas, weight_decay=config.weight_decay
         )
         self._guard = Guard(config.patience)
-        if config.tensorboard:
-            require("tensorboard", "tensorboard=true")
-        if config.wandb:
-            require("wandb", f"wandb={config.wandb}")
+        if parallel.rank() == 0:
+            check(tensorboard=config.tensorboard, project=config.wandb)
         self.step = 0
         """Of the next update."""
 

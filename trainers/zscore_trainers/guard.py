@@ -5,7 +5,8 @@ but it no longer says which picture is better. No training figure shows that, so
 that learns its training set by heart looks the same from here, and has to be stopped as well.
 
 The rule, at every evaluation: the best held-out PLCC is at least `patience` evaluations back; the last one is the
-lowest since then, by more than `SLACK` below the best; and over the same time the loss fell or the reward rose.
+lowest since then, by more than `SLACK` below the best; and over the same time the reward rose or, where there is none,
+the divergence from the teacher or the loss fell.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 WATCHED = "plcc_overall"
-SIGNS = {"loss": -1, "reward": 1}
-"""Training figures that are watched, with the sign of getting better."""
+SIGNS = {"reward": 1, "reverse_kl": -1, "loss": -1}
+"""Training figures, with the sign of getting better; the first that a run logs is watched.
+
+The loss of an algorithm that learns from rewards says nothing: its gradient is right, its value is not.
+"""
 SLACK = 0.02
 """Of PLCC: smaller falls are taken for noise."""
 
@@ -73,17 +77,15 @@ def complaint(history: list[Evaluation], patience: int) -> str | None:
     best, since, last = history[at], history[at + 1 :], history[-1]
     if len(since) < patience or last.agreement > min(one.agreement for one in since) or top - last.agreement <= SLACK:
         return None
-    better = [
-        f"{name} went from {best.figures[name]:.4g} to {last.figures[name]:.4g}"
-        for name, sign in SIGNS.items()
-        if name in best.figures and name in last.figures and sign * (last.figures[name] - best.figures[name]) > 0
-    ]
-    if not better:
+    name = next((name for name in SIGNS if name in best.figures and name in last.figures), None)
+    if name is None or not SIGNS[name] * (last.figures[name] - best.figures[name]) > 0:  # nor where they are no numbers
         return None
+    before, after = best.figures[name], last.figures[name]
     return (
-        f"step {last.step}: {better[0]} while the held-out PLCC fell from {top:.3f} (step {best.step}) to"
-        f" {last.agreement:.3f}: the policy hedges to the mean or learns its training set by heart; start again with a"
-        f" lower learning_rate or steps={best.step}, or give it other data (patience=0 turns this check off)"
+        f"step {last.step}: {name} went from {before:.4g} to {after:.4g} while the held-out PLCC fell from {top:.3f}"
+        f" (step {best.step}) to {last.agreement:.3f}: the policy hedges to the mean or learns its training set by"
+        f" heart; start again with a lower learning_rate or steps={best.step}, or give it other data (patience=0 turns"
+        " this check off)"
     )
 
 

@@ -149,6 +149,10 @@ class HeldOutTold:
         return parallel.summed(mu_ND).numpy()
 
 
+AT_ONCE = 256
+"""Samples whose pictures are decoded while outputs are drawn for them: 2.6 MB each at 1,024 image tokens."""
+
+
 class HeldOutReasoning:
     """The same for a policy that reasons: one rollout a picture and dimension, with the same seeds every time.
 
@@ -174,16 +178,23 @@ class HeldOutReasoning:
         count, wide = len(self._direct), len(self._direct.names)
         mine = list(range(parallel.rank(), count, parallel.ranks()))
         drawn_for = [*mine, *[0] * (-(-count // parallel.ranks()) - len(mine))]
-        prompts = [one for found in self._direct.prompts(drawn_for) for one in found]
-        seeds = [rollout_seed(number * wide + column) for number in drawn_for for column in range(wide)]
-        drawn = self._rollouts.draw(prompts, seeds)
+        found = [self._read(policy, drawn_for[at : at + AT_ONCE]) for at in range(0, len(drawn_for), AT_ONCE)]
+        mu_ND, valid_ND = torch.zeros(2, count, wide)
+        mu_ND[mine] = torch.cat([mu for mu, _ in found])[: len(mine)]
+        valid_ND[mine] = torch.cat([valid for _, valid in found])[: len(mine)]
+        return parallel.summed(mu_ND), parallel.summed(valid_ND)
+
+    def _read(self, policy: ScorePolicy, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The same of some samples, in their order."""
+        wide = len(self._direct.names)
+        prompts = [one for found in self._direct.prompts(numbers) for one in found]
+        drawn = self._rollouts.draw(
+            prompts, [rollout_seed(number * wide + at) for number in numbers for at in range(wide)]
+        )
         scored_N = torch.tensor([one.written.score_at is not None for one in drawn])
         middle = sum(self._direct.values[at] for at in (0, -1)) / 2
         mu_N = torch.where(scored_N, self._direct.read(policy, drawn), middle)
-        mu_ND, valid_ND = torch.zeros(2, count, wide)
-        mu_ND[mine] = mu_N.view(-1, wide)[: len(mine)]
-        valid_ND[mine] = scored_N.float().view(-1, wide)[: len(mine)]
-        return parallel.summed(mu_ND), parallel.summed(valid_ND)
+        return mu_N.view(-1, wide), scored_N.float().view(-1, wide)
 
 
 def _group(sample: Sample) -> str:

@@ -8,6 +8,8 @@ decoded once on its way, so that one that can't be is left out there, and doesn'
 from __future__ import annotations
 
 import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ from zscore.records import Failure
 from zscore.samples import ReadOptions, read_samples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from zscore.records import Pixels, Sample, ShardRef
@@ -63,17 +65,31 @@ def collect(
         or whose picture can't be decoded, come with their failure and an empty place.
     """
     found = []
+    wanted = (sample for shard in shards for sample in read_samples(shard, options or ReadOptions()) if wants(sample))
     with path.open("wb") as file:
-        for shard in shards:
-            for sample in read_samples(shard, options or ReadOptions()):
-                if not wants(sample):
-                    continue
-                failure = sample.failure or _unreadable(sample.image)
-                image = b"" if failure else sample.image
-                place = Place(file.tell(), len(image), sha256(image).hexdigest())
-                file.write(image)
-                found.append((replace(sample, image=b"", failure=failure), place))
+        for sample in _decoded(wanted):
+            place = Place(file.tell(), len(sample.image), sha256(sample.image).hexdigest())
+            file.write(sample.image)
+            found.append((replace(sample, image=b""), place))
     return found
+
+
+def _decoded(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """In their order; one that can't be decoded with its failure instead of its picture. A thread a core decodes."""
+    threads = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future[Sample]] = deque()
+        for sample in samples:
+            ahead.append(pool.submit(_checked, sample))
+            if len(ahead) > 4 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _checked(sample: Sample) -> Sample:
+    failure = sample.failure or _unreadable(sample.image)
+    return sample if failure is None else replace(sample, image=b"", failure=failure)
 
 
 def _unreadable(data: bytes) -> Failure | None:

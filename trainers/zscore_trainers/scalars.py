@@ -21,17 +21,25 @@ if TYPE_CHECKING:
 
     Write = Callable[[int, Mapping[str, float]], None]
 
-HELD_OUT = ("plcc_", "hpa_")
+HELD_OUT = ("plcc_", "hpa_", "held_out_")
 
 
-def require(package: str, setting: str) -> None:
-    """Refuse a run that asks by SETTING for what isn't installed.
+def check(*, tensorboard: bool, project: str) -> None:
+    """Refuse a run that asks for what isn't installed, or for wandb without a login: before hours of work, not after.
 
     Raises:
-        UsageError: says how to install it.
+        UsageError: says how to install it, or to log in.
     """
-    if find_spec(package) is None:
-        raise UsageError(f"{setting} needs the package: pip install 'zscore-reward[{package}]'")
+    asked = {"tensorboard": "tensorboard=true" if tensorboard else "", "wandb": f"wandb={project}" if project else ""}
+    for package, setting in asked.items():
+        if setting and find_spec(package) is None:
+            raise UsageError(f"{setting} needs the package: pip install 'zscore-reward[{package}]'")
+    if project:
+        import wandb
+
+        api: Any = wandb  # untyped
+        with _explained(api, project):
+            api.login()  # asks nobody but a terminal; offline it isn't wanted
 
 
 @contextlib.contextmanager
@@ -73,7 +81,7 @@ def to_wandb(out: Path, project: str, settings: Mapping[str, Any]) -> Iterator[W
     kept = out / "wandb" / "run-id"
     if not kept.exists():
         kept.write_text(secrets.token_hex(4))
-    try:
+    with _explained(api, project):
         started = api.init(
             project=project,
             id=kept.read_text(),
@@ -82,13 +90,18 @@ def to_wandb(out: Path, project: str, settings: Mapping[str, Any]) -> Iterator[W
             config=dict(settings),
             settings=api.Settings(console="off"),
         )
-    except api.Error as error:
-        raise UsageError(
-            f"wandb={project}: {' '.join(str(error).split())}; or keep its files here: WANDB_MODE=offline"
-        ) from error
     with started as run:
         run.define_metric("*", step_metric="step")  # its own count never goes back, a resumed run's steps do
         yield lambda step, found: run.log({"step": step, **_named(found)})
+
+
+@contextlib.contextmanager
+def _explained(api: Any, project: str) -> Iterator[None]:
+    try:
+        yield
+    except api.Error as error:
+        said = " ".join(str(error).split())
+        raise UsageError(f"wandb={project}: {said}; or keep its files here: WANDB_MODE=offline") from error
 
 
 def _named(found: Mapping[str, float]) -> dict[str, float]:

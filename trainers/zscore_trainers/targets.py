@@ -104,6 +104,18 @@ def read_targets(source: str, rubric: Rubric, split: str = "train", *, kind: Kin
     return targets
 
 
+def test_prompts(source: str) -> set[str]:
+    """Prompts of a table of annotations that are kept for evaluation.
+
+    Raises:
+        TableError: it isn't one.
+    """
+    found = _annotations(source)
+    if found is None:
+        raise TableError(f"{source} isn't a table of annotations (annotations.parquet), whose test prompts are wanted")
+    return set(found.filter(pl.col("split") == "test")["prompt"])
+
+
 def _annotations(source: str) -> pl.DataFrame | None:
     """The table, where it is one of annotations."""
     try:

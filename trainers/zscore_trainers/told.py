@@ -97,14 +97,17 @@ def read_told(source: str, rubric: Rubric) -> ToldTable:
         TableError: a line that can't be used; names it.
     """
     try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
+        lines = Path(source).read_text(encoding="utf-8").split("\n")  # splitlines() cuts at separators within a string
     except (OSError, UnicodeDecodeError) as error:
         raise TableError(f"{source} can't be read: {error}") from error
     words: dict[object, dict[int, Words]] = {}
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             said = json.loads(line)
-            sample = (said["shard"], int(said["index"])) if "shard" in said else said["key"]
+            sample = (str(said["shard"]), int(said["index"])) if "shard" in said else said["key"]
+            hash(sample)
             dimension = rubric.names.index(said["dimension"])
             found = Words(str(said["reasoning"]), _level(float(said["score"]), rubric.values))
         except (ValueError, KeyError, TypeError) as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,10 @@ from zscore.checkpoint import read_checkpoint, weights_hash
 from zscore.errors import ModelError, UsageError
 from zscore.patches import PixelOptions
 from zscore.rubrics.rubric import load_rubric
+from zscore.samples import ReadOptions
 from zscore.shards import expand
 from zscore.templates import PromptBuilder
-from zscore_trainers import parallel
+from zscore_trainers import parallel, scalars
 from zscore_trainers.algorithms import Choice, Setup, chosen
 from zscore_trainers.data import Collator, TrainSet
 from zscore_trainers.engine import Engine, deciding
@@ -35,7 +36,7 @@ from zscore_trainers.lora import add_adapters
 from zscore_trainers.pictures import PictureFile, collect
 from zscore_trainers.policy import ScorePolicy
 from zscore_trainers.recipes import for_algorithm
-from zscore_trainers.targets import read_targets
+from zscore_trainers.targets import read_targets, test_prompts
 from zscore_trainers.told import ToldTable, read_told
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class TrainOptions:
     resume: bool = False
     teacher: str | None = None
     """Checkpoint of opd's teacher."""
+    without: str | None = None
+    """Table of annotations whose test prompts are left out, too."""
+    read: ReadOptions = field(default_factory=ReadOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +189,7 @@ def check(options: TrainOptions, recipe: Recipe) -> None:
     """Refuse what can be told from the arguments alone.
 
     Raises:
-        UsageError: a layout that the algorithm has no loss for; opd without a teacher.
+        UsageError: a layout that the algorithm has no loss for; opd without a teacher; figures that can't be shown.
         ModelError: a teacher that can't be read.
     """
     choice = chosen(options.algorithm)
@@ -196,6 +200,7 @@ def check(options: TrainOptions, recipe: Recipe) -> None:
         raise UsageError("opd: --teacher names the checkpoint that says how likely it finds the student's words")
     if options.teacher is not None:
         read_checkpoint(options.teacher)
+    scalars.check(tensorboard=recipe.engine.tensorboard, project=recipe.engine.wandb)
 
 
 def _check_ranks(choice: Choice, recipe: Recipe) -> None:
@@ -222,22 +227,33 @@ def _read_data(
 ) -> _Data:
     """Copy the pictures, and share the samples out between training and evaluation."""
     _prepare_folder(options)
-    found = collect(expand(options.shards), options.out / "pictures.bin", targets.__contains__)
+    tested = test_prompts(options.without) if options.without is not None else set()
+    found = collect(expand(options.shards), options.out / "pictures.bin", targets.__contains__, options.read)
     targets.check(sample for sample, _ in found)
+    here = len(found)
+    found = [(sample, place) for sample, place in found if sample.prompt not in tested]
     found = [(_fitting(sample, fits), place) for sample, place in found]
     good = [(sample, place) for sample, place in found if sample.failure is None]
     bad = [f"'{sample.key}' of {sample.shard}: {sample.failure.error}" for sample, _ in found if sample.failure]
     if bad and not good:
         raise UsageError(f"none of the {len(bad):,} samples of {options.data} in the shards can be read; {bad[0]}")
+    if not good and here:
+        raise UsageError(f"all {here:,} samples have test prompts of {options.without}: give other shards")
     if not good:
         raise UsageError(f"none of the {len(targets):,} samples of {options.data} is in the shards: are they the same?")
     held = [pair for pair in good if is_held_out(pair[0].prompt, recipe.held_out)]
     rest = [pair for pair in good if not is_held_out(pair[0].prompt, recipe.held_out)]
     if not rest:
         raise UsageError(f"all {len(good)} samples are held out: lower held_out (now {recipe.held_out})")
-    left_out = dict(targets.left_out)
-    if len(good) < len(targets):
-        left_out["have no readable picture and prompt in the shards"] = len(targets) - len(good)
+    unread = len(targets) - here + len(bad)
+    left_out = targets.left_out | {
+        what: count
+        for what, count in (
+            ("have no readable picture and prompt in the shards", unread),
+            (f"have a test prompt of {options.without}", here - len(found)),
+        )
+        if count
+    }
     return _Data(_train_set(rest, targets), _train_set(held, targets) if held else None, left_out)
 
 

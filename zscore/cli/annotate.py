@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zscore.cli.evaluate import COLUMN_HELP, FORMAT_HELP, MAP_HELP, load_ratings, table
+from zscore.cli.reading import GroupKey, ImageKeys, MaxImageBytes, MaxTextBytes, PromptKeys, read_options
 
 if TYPE_CHECKING:
     from zscore_trainers.annotations import Annotations
@@ -30,6 +31,11 @@ def annotate(
         float, typer.Option(help="Leave out raters whose Spearman's rho with the others is below this.")
     ] = 0.0,
     test_share: Annotated[float, typer.Option(help="Of the prompts, for evaluation.")] = 0.1,
+    image_keys: ImageKeys = None,
+    prompt_keys: PromptKeys = None,
+    group_key: GroupKey = None,
+    max_image_bytes: MaxImageBytes = None,
+    max_text_bytes: MaxTextBytes = None,
 ) -> None:
     """Turn ratings into one score per picture and dimension, and same-prompt pairs, split by prompt.
 
@@ -49,6 +55,7 @@ def annotate(
         min_agreement=min_agreement,
         aggregation=aggregation(aggregate),
         test_share=test_share,
+        read=read_options(image_keys, prompt_keys, group_key, max_image_bytes, max_text_bytes),
     )
     check_out(out)
     made = build(load_ratings(ratings, chosen.names, layout, column, names), expand(shards), options)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zscore.cli.reading import GroupKey, ImageKeys, MaxImageBytes, MaxTextBytes, PromptKeys, read_options
 from zscore.errors import InterruptedRunError, UsageError
 
 if TYPE_CHECKING:
@@ -62,19 +63,11 @@ def score(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Prompts at once.", show_default="the engine's")] = None,
     gpu_memory_utilization: Annotated[float | None, typer.Option(help="Share of GPU memory for vLLM.")] = None,
-    image_keys: Annotated[str | None, typer.Option(help="Picture suffixes, best first, separated by ';'.")] = None,
-    prompt_keys: Annotated[
-        str | None, typer.Option(help="Where prompts are, best first.", show_default="json:prompt;json:caption;txt")
-    ] = None,
-    group_key: Annotated[
-        str | None, typer.Option(help="JSON field that groups candidates.", show_default="hash of the prompt")
-    ] = None,
-    max_image_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Largest picture file that is read.", show_default="256 MiB")
-    ] = None,
-    max_text_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Largest text or JSON file that is read.", show_default="1 MiB")
-    ] = None,
+    image_keys: ImageKeys = None,
+    prompt_keys: PromptKeys = None,
+    group_key: GroupKey = None,
+    max_image_bytes: MaxImageBytes = None,
+    max_text_bytes: MaxTextBytes = None,
     workers: Annotated[
         int | None, typer.Option(help="Decode processes; 0: in this one.", show_default="one a core, at most 8")
     ] = None,
@@ -107,20 +100,12 @@ def score(
     Exit codes: 0 done, 1 fatal, 2 usage, 3 done but too many rows failed, 130 interrupted.
     """
     from zscore.judge import JudgeOptions
-    from zscore.samples import ReadOptions
     from zscore.score import ScoreOptions
 
-    read: dict[str, Any] = {
-        "image_keys": image_keys,
-        "prompt_keys": prompt_keys,
-        "group_key": group_key,
-        "max_image_bytes": max_image_bytes,
-        "max_text_bytes": max_text_bytes,
-    }
     options = ScoreOptions(
         inputs=tuple(inputs),
         out=out,
-        read=ReadOptions(**{name: value for name, value in read.items() if value is not None}),
+        read=read_options(image_keys, prompt_keys, group_key, max_image_bytes, max_text_bytes),
         workers=_checked_workers(workers),
         limit=limit,
         retry_failed=retry_failed,

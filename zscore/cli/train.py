@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zscore.cli.reading import GroupKey, ImageKeys, MaxImageBytes, MaxTextBytes, PromptKeys, read_options
 from zscore.errors import InterruptedRunError
 
 if TYPE_CHECKING:
@@ -35,6 +36,15 @@ def train(
         bool, typer.Option("--dry-run", help="Print what the run takes of 8, 16 and 32 GPUs' memory, and stop.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
+    without: Annotated[
+        str | None,
+        typer.Option(help="annotations.parquet whose test prompts are left out of --data, too.", metavar="TABLE"),
+    ] = None,
+    image_keys: ImageKeys = None,
+    prompt_keys: PromptKeys = None,
+    group_key: GroupKey = None,
+    max_image_bytes: MaxImageBytes = None,
+    max_text_bytes: MaxTextBytes = None,
 ) -> None:
     """Train a student that gives score distributions at once, or a teacher that reasons first.
 
@@ -70,7 +80,15 @@ def train(
     console = Console(stderr=True)
     chosen = load_recipe(recipe, changes or [], algorithm)
     options = TrainOptions(
-        algorithm=algorithm, data=data, shards=tuple(shards), model=model, out=out, resume=resume, teacher=teacher
+        algorithm=algorithm,
+        data=data,
+        shards=tuple(shards),
+        model=model,
+        out=out,
+        resume=resume,
+        teacher=teacher,
+        without=without,
+        read=read_options(image_keys, prompt_keys, group_key, max_image_bytes, max_text_bytes),
     )
     if dry_run:
         from zscore_trainers.budget import plan
