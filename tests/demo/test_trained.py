@@ -68,9 +68,9 @@ def test_the_demo_scores_and_compares(demo):
     assert rows.height == 192
     assert (rows["status"] == "ok").all()
     shown = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line[:1] == " " and line.split()}
-    assert float(shown["overall"][3]) >= 0.70
-    assert float(shown["alignment"][3]) >= 0.70
-    assert float(shown["plausibility"][3]) >= 0.60
+    assert float(shown["overall"][3]) >= 0.85
+    assert float(shown["alignment"][3]) >= 0.75
+    assert float(shown["plausibility"][3]) >= 0.95
 
 
 def test_its_prompts_are_those_of_no_training(demo):
