@@ -42,9 +42,14 @@ if TYPE_CHECKING:
     Metrics = dict[str, dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]]]
 
 PAIRED = (
+    ("gdso", "zero_told"),
+    ("grpo", "zero_told"),
+    ("gdso", "rewarddance"),
     ("gdso", "grpo"),
     ("grpo", "grpo_text"),
     ("gdso", "sft"),
+    ("sft", "zero"),
+    ("risd", "zero"),
     ("risd", "sft"),
     ("risd_more", "risd"),
     ("risd_more", "opd"),
