@@ -164,9 +164,7 @@ def test_shards_of_which_nothing_can_be_read(tmp_path):
     data = member("k0.png", b"x") + member("k0.json", b'{"text": "a dog"}')
     (tmp_path / "a.tar").write_bytes(data + END)
     found, rows = expand([str(tmp_path / "a.tar")]), ratings([("k0", "realism", "r", 3.0)])
-    with pytest.raises(
-        TableError, match=r"^no sample of the shards can be read; .*a\.tar: .*json:prompt.*--prompt-keys"
-    ):
+    with pytest.raises(TableError, match=r"^none of the 1 samples .*; 'k0' of a\.tar: .*json:prompt.*--prompt-keys"):
         build(rows, found, OPTIONS)
     options = BuildOptions(values=LEVELS, min_agreement=-1, read=ReadOptions(prompt_keys="json:text"))
     assert build(rows, found, options).samples["prompt"].to_list() == ["a dog"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import tarfile
+from contextlib import closing
 
 import numpy as np
 import polars as pl
@@ -17,7 +19,7 @@ from tests.scores_factory import row, write_scores
 from tests.tiny import write_tar
 from tests.trainers import world_set
 from zscore.cli.app import build_app
-from zscore.errors import ModelError, TableError, UsageError
+from zscore.errors import EngineError, ModelError, TableError, UsageError
 from zscore.rubrics.rubric import load_rubric
 from zscore.samples import ReadOptions, read_samples
 from zscore.scorer import Scorer
@@ -27,6 +29,7 @@ from zscore_trainers.data import TrainSet
 from zscore_trainers.held_out import HeldOut, is_held_out
 from zscore_trainers.pictures import collect
 from zscore_trainers.recipes import RECIPES, load_recipe, settings
+from zscore_trainers.run_files import RunLock
 from zscore_trainers.targets import read_targets
 from zscore_trainers.train import TrainOptions, check, train
 from zscore_trainers.world.shards import WorldOptions, write_world
@@ -209,7 +212,8 @@ class TestBrokenPictures:
     def test_they_are_counted_and_left_out(self, world, tmp_path):
         shards = self.broken(world, tmp_path / "broken", 2, 5)
         made = train(options(world, tmp_path / "run", shards=(shards,)), load_recipe("tiny", (*FAST, "steps=1")))
-        assert made.left_out == {"have no readable picture and prompt in the shards": 2}
+        assert list(made.left_out.values()) == [2]
+        assert "can't be used, the first of them 'p000001c0' of world-000000.tar: PNG of" in str(made.left_out)
         assert made.samples + made.held_out == 14
 
     def test_none_that_can_be_read(self, world, tmp_path):
@@ -266,6 +270,61 @@ class TestRefusals:
         changed = options(world, tmp_path / "run", shards=(str(tmp_path / "world-000000.tar"),))
         with pytest.raises(TableError, match=said):
             train(changed, load_recipe("tiny", FAST))
+
+    def test_two_runs_in_one_folder(self, world, tmp_path):
+        """The second leaves the first's pictures alone, also where it asks to go on with it."""
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "pictures.bin").write_text("the first's")
+        with closing(RunLock(tmp_path / "run")) as lock:
+            lock.take()
+            for resume in (False, True):
+                with pytest.raises(UsageError, match=rf"run is in use by process {os.getpid()}: wait for it, or give"):
+                    train(options(world, tmp_path / "run", resume=resume), load_recipe("tiny", FAST))
+        assert (tmp_path / "run" / "pictures.bin").read_text() == "the first's"
+        assert train(options(world, tmp_path / "run"), load_recipe("tiny", FAST)).steps == 4
+
+    def test_an_out_that_is_no_folder(self, world, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        for out in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(UsageError, match=r"^--out .* can't be made a folder: .*: give another$"):
+                train(options(world, out), load_recipe("tiny", FAST))
+        assert (tmp_path / "file").read_text() == "mine"
+
+    def test_a_full_disk(self, world, tmp_path, monkeypatch):
+        """What was written before is kept, and one line says what to do."""
+
+        def full(*_, **__):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+        train(options(world, tmp_path / "run"), load_recipe("tiny", [*FAST, "save_every=2"]))
+        monkeypatch.setattr("zscore_trainers.engine.state_dict_saver.save", full)
+        with pytest.raises(EngineError, match=r"step-\d+ can't be written \(.*598\): .* GiB are free; make room"):
+            train(options(world, tmp_path / "other"), load_recipe("tiny", FAST))
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"realism": pl.lit("good")}, "has labels or an index that are no numbers: "),
+            ({"index": pl.lit("0x")}, "has labels or an index that are no numbers: "),
+            ({"index": pl.lit(0)}, r"has samples \(shard, index\) more than once"),
+        ],
+    )
+    def test_columns_of_another_kind(self, world, tmp_path, change, said):
+        table = pl.read_parquet(world / "annotated" / "annotations.parquet").with_columns(**change)
+        table.write_parquet(tmp_path / "a.parquet")
+        with pytest.raises(TableError, match=said):
+            train(options(world, tmp_path / "run", data=str(tmp_path / "a.parquet")), load_recipe("tiny", FAST))
+
+    def test_tables_that_lie_beside_the_right_one(self, world, tmp_path):
+        for name, said in (
+            ("annotated/pairs.parquet", "holds pairs; the pictures' own labels are wanted: annotations.parquet"),
+            ("world/ratings.csv", "is no parquet table: make annotations.parquet with `zscore annotations build`"),
+        ):
+            with pytest.raises(TableError, match=said):
+                train(options(world, tmp_path / "run", data=str(world / name)), load_recipe("tiny", FAST))
+        parquet = str(world / "annotated" / "annotations.parquet")
+        with pytest.raises(TableError, match=r"isn't text: reasonings are given as lines of JSON"):
+            train(options(world, tmp_path / "run", algorithm="rewarddance", data=parquet), load_recipe("tiny"))
 
     def test_test_prompts_of_the_ratings(self, world, tmp_path):
         """A teacher's scores know no split: what is kept for evaluation is named."""
@@ -337,7 +396,8 @@ class TestRefusals:
         table.with_columns(longer).write_parquet(tmp_path / "a.parquet")
         asked = options(world, tmp_path / "run", shards=(str(tmp_path / shard.name),), data=str(tmp_path / "a.parquet"))
         made = train(asked, load_recipe("tiny", (*FAST, "steps=1")))
-        assert made.left_out == {"have no readable picture and prompt in the shards": 1}
+        assert list(made.left_out.values()) == [1]
+        assert "the first of them 'p000002c1' of world-000000.tar: 20049 tokens" in str(made.left_out)
         assert made.samples + made.held_out == 15
 
     def test_everything_held_out(self, world, tmp_path):
@@ -424,9 +484,9 @@ class TestRecipes:
             ("tinny", "steps=1", "no recipe is called 'tinny': did you mean 'tiny'?"),
             ("tiny", "step=1", "--set step: no such setting: did you mean 'steps'?"),
             ("tiny", "steps", "--set 'steps': write KEY=VALUE"),
-            ("tiny", "steps=many", "--set steps=many: a value like 2000 is wanted"),
+            ("tiny", "steps=many", "--set steps=many: a whole number like 20 is wanted"),
             ("tiny", "steps=0", "steps is 0: at least 1"),
-            ("tiny", "gradient_checkpointing=perhaps", "a value like False is wanted"),
+            ("tiny", "gradient_checkpointing=perhaps", "perhaps: true or false is wanted"),
         ],
     )
     def test_what_cannot_be_meant(self, name, change, said):
@@ -490,6 +550,17 @@ class TestCommands:
         from typer.testing import CliRunner
 
         return CliRunner().invoke(build_app(), [str(one) for one in arguments])
+
+    @pytest.mark.parametrize("algorithm", ["risd", "gdso"])
+    def test_a_dry_run_lists_settings_as_they_are_set(self, world, tmp_path, algorithm):
+        data = ("--data", world / "annotated" / "annotations.parquet", "--recipe", "tiny", "--dry-run")
+        places = ("--model", world / "body", "--out", tmp_path / "run")
+        said = self.call("train", algorithm, world / "world", *data, *places)
+        assert said.exit_code == 0, said.output
+        lines = [line.strip() for line in said.output.partition("settings (--set):")[2].splitlines() if line.strip()]
+        assert {line.partition("=")[0] for line in lines} == set(settings(load_recipe("tiny", [], algorithm)))
+        assert load_recipe("tiny", lines, algorithm) == load_recipe("tiny", [], algorithm)
+        assert not (tmp_path / "run").exists()
 
     def test_from_ratings_to_a_model(self, world, tmp_path):
         made = self.call(

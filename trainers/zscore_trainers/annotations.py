@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from zscore.records import ShardRef
+    from zscore.records import Sample, ShardRef
 
 FEWEST_SHARED = 5
 """Ratings that a rater must share with others in a dimension to be checked there."""
@@ -83,7 +83,11 @@ class Annotations:
     """dimension, group, winner and loser (rows of `samples`), gap (above 0), split."""
     raters: tuple[Rater, ...]
     unmatched: int
-    """Rated samples that the shards don't hold."""
+    """Rated samples that the shards don't hold, or that can't be read there."""
+    unread: int = 0
+    """Samples of the shards that can't be read, rated or not."""
+    first_unread: str = ""
+    """Which the first of them is, and why."""
 
 
 def check_raters(ratings: Ratings, min_agreement: float) -> tuple[Rater, ...]:
@@ -137,11 +141,16 @@ def build(ratings: Ratings, shards: Iterable[ShardRef], options: BuildOptions) -
     label_N = np.asarray(options.values)[nearest(scored["score"].to_numpy(), options.values)]
     labels = scored.with_columns(label=pl.Series(label_N))
     wide = labels.pivot("dimension", index=ratings.sample, values="label")
-    samples = _with_samples(wide, ratings, shards, options)
+    found = [replace(sample, image=b"") for shard in shards for sample in read_samples(shard, options.read)]
+    bad = [f"'{one.key}' of {one.shard}: {one.failure.error}" for one in found if one.failure]
+    if bad and len(bad) == len(found):
+        raise TableError(f"none of the {len(bad):,} samples of the shards can be read; {bad[0]}")
+    samples = _with_samples(wide, ratings, [one for one in found if one.failure is None], options)
     dimensions = [name for name in wide.columns if name not in ratings.sample]
     if not samples.height:
         raise TableError(f"none of the {wide.height} rated samples is in the shards: are the keys the same?")
-    return Annotations(samples, _pairs(samples, dimensions), raters, wide.height - samples.height)
+    unmatched = wide.height - samples.height
+    return Annotations(samples, _pairs(samples, dimensions), raters, unmatched, len(bad), bad[0] if bad else "")
 
 
 def _check(ratings: Ratings, options: BuildOptions) -> None:
@@ -178,12 +187,9 @@ def check_out(out: Path) -> None:
 
 
 def _with_samples(
-    wide: pl.DataFrame, ratings: Ratings, shards: Iterable[ShardRef], options: BuildOptions
+    wide: pl.DataFrame, ratings: Ratings, samples: Iterable[Sample], options: BuildOptions
 ) -> pl.DataFrame:
-    samples = [replace(sample, image=b"") for shard in shards for sample in read_samples(shard, options.read)]
-    rows = [(one.shard, one.index, one.key, one.prompt, one.group) for one in samples if one.failure is None]
-    if samples and not rows:
-        raise TableError(f"no sample of the shards can be read; {samples[0].shard}: {samples[0].failure}")
+    rows = [(one.shard, one.index, one.key, one.prompt, one.group) for one in samples]
     found = pl.DataFrame(rows, schema=SAMPLE, orient="row")
     by: list[str] = [name for name in ("index", "key") if name in ratings.sample]
     if "shard" in ratings.sample:  # ratings may call a shard without its suffix

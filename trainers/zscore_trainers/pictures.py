@@ -66,11 +66,13 @@ def collect(
     """
     found = []
     wanted = (sample for shard in shards for sample in read_samples(shard, options or ReadOptions()) if wants(sample))
-    with path.open("wb") as file:
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("wb") as file:
         for sample in _decoded(wanted):
             place = Place(file.tell(), len(sample.image), sha256(sample.image).hexdigest())
             file.write(sample.image)
             found.append((replace(sample, image=b""), place))
+    draft.replace(path)
     return found
 
 

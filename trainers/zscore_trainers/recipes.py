@@ -101,6 +101,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
+KINDS = {bool: "true or false", int: "a whole number like 20", float: "a number like 0.5 or 2e-5"}
+
+
 def for_algorithm(recipe: Recipe, algorithm: str) -> Recipe:
     """The recipe with the settings and the layout of another algorithm; batches as the algorithm has them by itself.
 
@@ -175,7 +178,8 @@ def _parsed(key: str, text: str, example: Any) -> Any:
             return tuple(type(example[0])(part.strip()) for part in text.split(","))
         return type(example)(text)
     except (KeyError, ValueError) as error:
-        raise UsageError(f"--set {key}={text}: a value like {example} is wanted") from error
+        wanted = KINDS.get(type(example)) or "values like " + ",".join(map(str, example))
+        raise UsageError(f"--set {key}={text}: {wanted} is wanted") from error
 
 
 def _near(name: str, known: Any) -> str:

@@ -6,15 +6,52 @@ last line may be half written; it is cut off before more is written, and passed 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 from typing import TYPE_CHECKING, Any
 
+from zscore.errors import UsageError
 from zscore.store import sync
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+
+class RunLock:
+    """One run at a time in a folder. The kernel lets go of it with the process, however that ends."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Make the folder, and hold it until `close`.
+
+        Raises:
+            UsageError: it can't be made or written, or another run holds it.
+        """
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UsageError(f"--out {self._out} can't be made a folder: {error.strerror}: give another") from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(self._descriptor, 32, 0).decode() or "unknown"
+            self.close()
+            raise UsageError(f"--out {self._out} is in use by process {pid}: wait for it, or give another") from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+
+    def close(self) -> None:
+        """Let go of it, where it is held."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def write_whole(file: Path, content: Mapping[str, Any]) -> None:
@@ -24,6 +61,11 @@ def write_whole(file: Path, content: Mapping[str, Any]) -> None:
     sync(temporary)
     temporary.replace(file)
     sync(file.parent)
+
+
+def free(folder: Path) -> str:
+    """How much room there is, for people."""
+    return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free"
 
 
 def mend_log(file: Path) -> None:

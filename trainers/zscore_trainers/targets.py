@@ -63,11 +63,17 @@ class Targets(dict[tuple[str, int], "NDArray[np.float32]"]):
             for name, there, here in zip(("key", "prompt"), said, (sample.key, sample.prompt), strict=True):
                 if sample.failure is None and there is not None and there != here:
                     raise TableError(
-                        f"{self._source}: sample {sample.index} of {sample.shard} has the {name} '{there}', in the"
-                        f" shards '{here}': give the shards that the table was made from"
+                        f"{self._source}: sample {sample.index} of {sample.shard} has the {name} '{_cut(there)}', in"
+                        f" the shards '{_cut(here)}': give the shards that the table was made from"
                     )
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+SHOWN = 200
+"""Characters of a prompt in a message."""
 SAID = ("key", "prompt")
 """What a table says of a sample besides its place."""
 
@@ -91,9 +97,13 @@ def read_targets(source: str, rubric: Rubric, split: str = "train", *, kind: Kin
         TableError: neither, or not of the wanted kind; another rubric's scores; labels beyond the scale; nothing in it.
     """
     found = _annotations(source)
+    if kind != "scores" and found is None and _is_pairs(source):
+        raise TableError(f"{source} holds pairs; the pictures' own labels are wanted: annotations.parquet beside it")
     if kind == "scores" and found is not None:
         raise TableError(f"{source} holds people's labels; a teacher's distributions are wanted: train sft on it")
     if kind == "labels" and found is None:
+        if source.lower().endswith((".csv", ".json", ".jsonl")):
+            raise TableError(f"{source} is no parquet table: make annotations.parquet with `zscore annotations build`")
         open_scores(source)  # says what is wrong with it, if it isn't even that
         raise TableError(f"{source} holds a model's scores; people's labels (annotations.parquet) are wanted")
     targets = _from_scores(source, rubric) if found is None else _from_labels(found, rubric, split, source)
@@ -116,6 +126,13 @@ def test_prompts(source: str) -> set[str]:
     return set(found.filter(pl.col("split") == "test")["prompt"])
 
 
+def _is_pairs(source: str) -> bool:
+    try:
+        return {"winner", "loser", "gap"} <= set(pl.read_parquet_schema(source))
+    except (OSError, pl.exceptions.PolarsError):
+        return False
+
+
 def _annotations(source: str) -> pl.DataFrame | None:
     """The table, where it is one of annotations."""
     try:
@@ -130,7 +147,15 @@ def _from_labels(frame: pl.DataFrame, rubric: Rubric, split: str, source: str) -
     if missing:
         raise TableError(f"{source} has no labels of '{missing[0]}', which rubric '{rubric.name}' has")
     rows = frame.filter(pl.col("split") == split)
-    labels_ND = rows.select(pl.col(rubric.names).cast(pl.Float64)).to_numpy()
+    try:
+        labels_ND = rows.select(pl.col(rubric.names).cast(pl.Float64)).to_numpy()
+        rows = rows.with_columns(pl.col("shard").cast(pl.String), pl.col("index").cast(pl.Int64))
+    except pl.exceptions.PolarsError as error:
+        raise TableError(
+            f"{source} has labels or an index that are no numbers: {str(error).splitlines()[0]}"
+        ) from error
+    if rows.select(pl.struct("shard", "index").is_duplicated().any()).item():
+        raise TableError(f"{source} has samples (shard, index) more than once: give it one row each")
     known_ND = ~np.isnan(labels_ND)
     values_K = torch.tensor(rubric.values, dtype=torch.float64)
     try:

@@ -98,7 +98,9 @@ def read_told(source: str, rubric: Rubric) -> ToldTable:
     """
     try:
         lines = Path(source).read_text(encoding="utf-8").split("\n")  # splitlines() cuts at separators within a string
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise TableError(f"{source} isn't text: reasonings are given as lines of JSON (reasoning.jsonl)") from error
+    except OSError as error:
         raise TableError(f"{source} can't be read: {error}") from error
     words: dict[object, dict[int, Words]] = {}
     for number, line in enumerate(lines, 1):

@@ -36,6 +36,7 @@ from zscore_trainers.lora import add_adapters
 from zscore_trainers.pictures import PictureFile, collect
 from zscore_trainers.policy import ScorePolicy
 from zscore_trainers.recipes import for_algorithm
+from zscore_trainers.run_files import RunLock
 from zscore_trainers.targets import read_targets, test_prompts
 from zscore_trainers.told import ToldTable, read_told
 
@@ -89,7 +90,7 @@ def train(
     options: TrainOptions,
     recipe: Recipe,
     on_step: Callable[[int, Mapping[str, float]], None] | None = None,
-    on_ready: Callable[[int, int], None] | None = None,
+    on_ready: Callable[[int, int, Mapping[str, int]], None] | None = None,
     on_restart: Callable[[], None] | None = None,
 ) -> Trained:
     """Train to the end and export.
@@ -98,7 +99,7 @@ def train(
         options: what to train on what.
         recipe: all settings.
         on_step: called with the number of steps done and what was logged.
-        on_ready: called with the numbers of samples to train on and held out, when the data is there.
+        on_ready: called with the numbers of samples to train on, held out and left out, when the data is there.
         on_restart: called where a run is to be resumed that has no checkpoint yet, before it begins anew.
 
     Raises:
@@ -120,11 +121,11 @@ def train(
         max_tokens=min(checkpoint.max_tokens, 16_384) - getattr(recipe.algorithm, "max_tokens", 0),
     )
     fits = partial(builder.unfit, picture=recipe.max_pixels // (checkpoint.patch * checkpoint.merge) ** 2)
-    with parallel.started(getattr(torch, recipe.dtype)) as device:
+    with parallel.started(getattr(torch, recipe.dtype)) as device, closing(RunLock(options.out)) as lock:
         _check_ranks(choice, recipe)
-        data = parallel.from_first(lambda: _read_data(options, recipe, targets, fits))
+        data = parallel.from_first(lambda: _read_data(options, recipe, targets, fits, lock))
         if on_ready is not None and parallel.rank() == 0:
-            on_ready(len(data.train.samples), len(data.held_out.samples) if data.held_out else 0)
+            on_ready(len(data.train.samples), len(data.held_out.samples) if data.held_out else 0, data.left_out)
         torch.manual_seed(recipe.seed)
         policy = _policy(checkpoint, builder, recipe, device)
         with closing(PictureFile(options.out / "pictures.bin")) as pictures, ExitStack() as stack:
@@ -215,18 +216,22 @@ def _check_ranks(choice: Choice, recipe: Recipe) -> None:
         )
 
 
-def _prepare_folder(options: TrainOptions) -> None:
+def _prepare_folder(options: TrainOptions, lock: RunLock) -> None:
+    lock.take()
     there = options.out / "log.jsonl"
-    if there.exists() and not options.resume:
+    if there.exists() and there.stat().st_size and not options.resume:
         raise UsageError(f"{options.out} holds a run already: give --resume to go on with it, or another --out")
-    options.out.mkdir(parents=True, exist_ok=True)
 
 
 def _read_data(
-    options: TrainOptions, recipe: Recipe, targets: Targets | ToldTable, fits: Callable[[str], Failure | None]
+    options: TrainOptions,
+    recipe: Recipe,
+    targets: Targets | ToldTable,
+    fits: Callable[[str], Failure | None],
+    lock: RunLock,
 ) -> _Data:
     """Copy the pictures, and share the samples out between training and evaluation."""
-    _prepare_folder(options)
+    _prepare_folder(options, lock)
     tested = test_prompts(options.without) if options.without is not None else set()
     found = collect(expand(options.shards), options.out / "pictures.bin", targets.__contains__, options.read)
     targets.check(sample for sample, _ in found)
@@ -245,11 +250,11 @@ def _read_data(
     rest = [pair for pair in good if not is_held_out(pair[0].prompt, recipe.held_out)]
     if not rest:
         raise UsageError(f"all {len(good)} samples are held out: lower held_out (now {recipe.held_out})")
-    unread = len(targets) - here + len(bad)
     left_out = targets.left_out | {
         what: count
         for what, count in (
-            ("have no readable picture and prompt in the shards", unread),
+            ("aren't in the shards", len(targets) - here),
+            (f"can't be used, the first of them {bad[0] if bad else ''}", len(bad)),
             (f"have a test prompt of {options.without}", here - len(found)),
         )
         if count
@@ -364,7 +369,10 @@ def _settings(
 
 
 def _data_hashes(collators: Sequence[Collator], targets: Targets | ToldTable) -> dict[str, str]:
-    """Of targets and whose they are, prompts with groups, pictures as copied, and the tokens of given reasonings."""
+    """Of targets and whose they are, prompts with groups, pictures as copied, and the tokens of given reasonings.
+
+    And how many samples there are, which says more to people.
+    """
     sets = [one.train for one in collators]
     samples = [sample for one in sets for sample in one.samples]
     whose = [repr((one.shard, one.index)).encode() for one in samples]
@@ -376,7 +384,8 @@ def _data_hashes(collators: Sequence[Collator], targets: Targets | ToldTable) ->
     if isinstance(targets, ToldTable):
         told = [one for collate in collators for one in targets.outputs(collate)]
         parts["reasonings"] = [repr((one.sample, one.dimension, one.written.tokens)).encode() for one in told]
-    return {name: hashlib.sha256(b"\n".join(some)).hexdigest() for name, some in parts.items()}
+    hashes = {name: hashlib.sha256(b"\n".join(some)).hexdigest()[:16] for name, some in parts.items()}
+    return {**hashes, "samples": str(len(samples))}
 
 
 def _final(policy: ScorePolicy, evaluate: Callable[[ScorePolicy], Mapping[str, float]] | None) -> Mapping[str, float]:

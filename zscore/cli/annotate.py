@@ -75,5 +75,7 @@ def _counts(made: Annotations) -> list[str]:
     splits = made.samples["split"].to_list()
     lines = [f"{len(splits):,} pictures ({splits.count('test'):,} for testing), {made.pairs.height:,} pairs"]
     if made.unmatched:
-        lines.append(f"{made.unmatched:,} rated pictures aren't in the shards")
+        lines.append(f"{made.unmatched:,} rated pictures aren't in the shards, or can't be read there")
+    if made.unread:
+        lines.append(f"{made.unread:,} samples of the shards can't be read, the first of them {made.first_unread}")
     return lines

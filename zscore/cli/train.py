@@ -33,7 +33,10 @@ def train(
     teacher: Annotated[str | None, typer.Option(help="Checkpoint of opd's teacher.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what the run takes of 8, 16 and 32 GPUs' memory, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what the run takes of 8, 16 and 32 GPUs' memory, and all settings; stop."
+        ),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
     without: Annotated[
@@ -73,7 +76,7 @@ def train(
     from rich.console import Console
 
     from zscore_trainers.parallel import rank
-    from zscore_trainers.recipes import load_recipe
+    from zscore_trainers.recipes import load_recipe, settings
     from zscore_trainers.train import TrainOptions, check
     from zscore_trainers.train import train as run
 
@@ -95,6 +98,8 @@ def train(
 
         check(options, chosen)
         typer.echo(plan(chosen, recipe, model))
+        lines = (f"  {key}={_set(value)}" for key, value in settings(chosen).items())
+        typer.echo("\n".join(["", "settings (--set):", *lines]))
         return
     show = None if quiet else _shown(console, chosen.engine.steps)
     try:
@@ -102,12 +107,12 @@ def train(
             options,
             chosen,
             show,
-            None if quiet else lambda some, held: console.print(_about(some, held)),
+            None if quiet else lambda *counts: console.print(_about(data, *counts), highlight=False, soft_wrap=True),
             lambda: console.print(f"no checkpoint in {out} yet: starting from the beginning", soft_wrap=True),
         )
     except KeyboardInterrupt:
         raise InterruptedRunError(
-            f"interrupted: the last checkpoint in {out} is kept; the same command with --resume goes on from it"
+            f"interrupted: the same command with --resume goes on from the last checkpoint in {out}, where there is one"
         ) from None
     if rank():  # the first process says it
         return
@@ -118,8 +123,16 @@ def train(
     typer.echo(f"{made.steps:,} steps on {made.samples:,} samples: {made.model}")
 
 
-def _about(samples: int, held_out: int) -> str:
-    return f"training on {samples:,} samples, evaluating on {held_out:,} of other prompts"
+def _set(value: object) -> str:
+    """As --set takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _about(data: str, samples: int, held_out: int, left_out: Mapping[str, int]) -> str:
+    lines = [f"{count:,} samples of {data} {reason}" for reason, count in left_out.items()]
+    return "\n".join([*lines, f"training on {samples:,} samples, evaluating on {held_out:,} of other prompts"])
 
 
 def _shown(console: Console, steps: int) -> Callable[[int, Mapping[str, float]], None]:
