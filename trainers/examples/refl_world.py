@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from zscore.errors import ZscoreError
 from zscore_trainers.refl import Reward, mean_score, weakest
 from zscore_trainers.world.judge import truth
 from zscore_trainers.world.render import BLUR, EDGE, GAP, GARISH, NOISE, PIERCED, STRIPES, Canvas, render, to_uint8
@@ -153,7 +155,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for the pictures, before and after side by side")
     options = parser.parse_args()
-    reward = Reward.open(options.model, aggregate=AGGREGATES[options.aggregate])
+    try:
+        reward = Reward.open(options.model, aggregate=AGGREGATES[options.aggregate])
+    except ZscoreError as error:
+        sys.exit(f"refl_world: {error}")
     scenes = faulty(options.scenes, options.seed)
     moved = judged(reward, scenes, *improve(reward, scenes, options.steps, options.rate))
     show(moved)
