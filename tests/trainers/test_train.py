@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
+import re
+import subprocess
+import sys
 import tarfile
 from contextlib import closing
 
@@ -24,6 +28,7 @@ from zscore.rubrics.rubric import load_rubric
 from zscore.samples import ReadOptions, read_samples
 from zscore.scorer import Scorer
 from zscore.shards import expand
+from zscore_trainers import engine as engine_module
 from zscore_trainers.annotations import BuildOptions, build, write
 from zscore_trainers.data import TrainSet
 from zscore_trainers.held_out import HeldOut, is_held_out
@@ -283,29 +288,71 @@ class TestRefusals:
         assert (tmp_path / "run" / "pictures.bin").read_text() == "the first's"
         assert train(options(world, tmp_path / "run"), load_recipe("tiny", FAST)).steps == 4
 
+    def test_a_lock_that_a_child_inherited(self, tmp_path):
+        """Workers of a run that is over hold the file open; the folder is free all the same."""
+        lock = RunLock(tmp_path / "run")
+        lock.take()
+        kept = os.dup(lock._descriptor)
+        lock.close()
+        with closing(RunLock(tmp_path / "run")) as again:
+            again.take()
+        os.close(kept)
+
+    def test_a_file_system_without_locks(self, tmp_path, monkeypatch):
+        def none(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr("zscore_trainers.run_files.fcntl.flock", none)
+        with pytest.raises(UsageError, match=r"run can't be locked: No locks available: give another$"):
+            RunLock(tmp_path / "run").take()
+
     def test_an_out_that_is_no_folder(self, world, tmp_path):
         (tmp_path / "file").write_text("mine")
         for out in (tmp_path / "file", tmp_path / "file" / "below"):
-            with pytest.raises(UsageError, match=r"^--out .* can't be made a folder: .*: give another$"):
+            with pytest.raises(UsageError, match=r"^--out .* can't be made a folder to write to: .*: give another$"):
                 train(options(world, out), load_recipe("tiny", FAST))
         assert (tmp_path / "file").read_text() == "mine"
 
     def test_a_full_disk(self, world, tmp_path, monkeypatch):
-        """What was written before is kept, and one line says what to do."""
+        """What was written before is kept, one line says what to do, and the run goes on from there."""
+        saves, save = [], engine_module.state_dict_saver.save
 
-        def full(*_, **__):
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+        def full(*arguments, **named):
+            saves.append(named["checkpoint_id"])
+            if len(saves) == 2:
+                raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+            return save(*arguments, **named)
 
-        train(options(world, tmp_path / "run"), load_recipe("tiny", [*FAST, "save_every=2"]))
-        monkeypatch.setattr("zscore_trainers.engine.state_dict_saver.save", full)
-        with pytest.raises(EngineError, match=r"step-\d+ can't be written \(.*598\): .* GiB are free; make room"):
-            train(options(world, tmp_path / "other"), load_recipe("tiny", FAST))
+        monkeypatch.setattr(engine_module.state_dict_saver, "save", full)
+        recipe = load_recipe("tiny", [*FAST, "save_every=2"])
+        said = r"step-00000004 can't be written \(.*598\): .* GiB are free; make room .*is step-00000002$"
+        with pytest.raises(EngineError, match=said):
+            train(options(world, tmp_path / "run"), recipe)
+        assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "done.json").exists()
+        assert train(options(world, tmp_path / "run", resume=True), recipe).steps == 4
+        assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+    def test_no_room_for_the_pictures(self, world, tmp_path):
+        code = """
+import resource, sys
+from pathlib import Path
+from zscore.shards import expand
+from zscore_trainers.pictures import collect
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+collect(expand([sys.argv[1]]), Path(sys.argv[2]), lambda _: True)
+"""
+        command = [sys.executable, "-c", code, str(world / "world"), str(tmp_path / "pictures.bin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr.splitlines()[-1]
+        assert re.match(r"zscore.errors.EngineError: .*pictures.bin can't be written \(File too large\): .* free", said)
 
     @pytest.mark.parametrize(
         ("change", "said"),
         [
             ({"realism": pl.lit("good")}, "has labels or an index that are no numbers: "),
             ({"index": pl.lit("0x")}, "has labels or an index that are no numbers: "),
+            ({"index": pl.lit(None, pl.Int64)}, "has rows without shard or index"),
+            ({"split": pl.lit(7)}, "no sample to train on in its train split"),
             ({"index": pl.lit(0)}, r"has samples \(shard, index\) more than once"),
         ],
     )
@@ -340,6 +387,9 @@ class TestRefusals:
         table.with_columns(split=pl.lit("test")).write_parquet(tmp_path / "a.parquet")
         with pytest.raises(UsageError, match="all 16 samples have test prompts of"):
             train(options(world, tmp_path / "other", without=str(tmp_path / "a.parquet")), load_recipe("tiny", FAST))
+        table.write_parquet(tmp_path / "a.parquet")  # no split at all: nothing would be left out
+        with pytest.raises(TableError, match=r"has no test prompts to leave out: build it with a --test-share above 0"):
+            train(options(world, tmp_path / "fourth", without=str(tmp_path / "a.parquet")), load_recipe("tiny", FAST))
         with pytest.raises(TableError, match=r"isn't a table of annotations \(annotations.parquet\)"):
             train(options(world, tmp_path / "third", without=str(tmp_path)), load_recipe("tiny", FAST))
 

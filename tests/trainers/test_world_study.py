@@ -109,7 +109,7 @@ def test_the_table_has_a_row_a_method(study, work, capsys):
 def test_a_rate_for_each_method_by_its_validation_prompts(study):
     rates = importlib.import_module("world_rates")
     assert rates.best({"3e-05": {"hpa": 0.7}, "0.0001": {"hpa": 0.9}, "0.0003": {"hpa": 0.8}}) == 1e-4
-    assert rates.best({"3e-05": {"hpa": 0.7}, "0.0001": {"hpa": 0.9}, "0.0003": {"hpa": 0.9}}) == 1e-4
+    assert rates.best({"0.0003": {"hpa": 0.9}, "0.0001": {"hpa": 0.9}, "3e-05": {"hpa": 0.7}}) == 1e-4
 
 
 def test_rates_are_those_chosen_for_this_base(monkeypatch, study, tmp_path):

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -33,8 +32,8 @@ from zscore_trainers import parallel
 from zscore_trainers.checks import check_least, check_one_of, check_positive, check_share
 from zscore_trainers.guard import Guard, HedgingError
 from zscore_trainers.optimizers import OptimizerName, make_optimizers, set_rate
-from zscore_trainers.run_files import free, mend_log, read_log, write_whole
-from zscore_trainers.scalars import check, to_tensorboard, to_wandb
+from zscore_trainers.run_files import mend_log, no_room, read_log, write_whole
+from zscore_trainers.scalars import require, to_tensorboard, to_wandb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -149,7 +148,7 @@ class Engine:
         )
         self._guard = Guard(config.patience)
         if parallel.rank() == 0:
-            check(tensorboard=config.tensorboard, project=config.wandb)
+            require(tensorboard=config.tensorboard, project=config.wandb)
         self.step = 0
         """Of the next update."""
 
@@ -240,18 +239,11 @@ class Engine:
         parallel.wait()
         model, optimizer = get_state_dict(self._policy, self._optimizers)
         state = {"model": model, "optimizer": optimizer, **self._reference()}
-        try:
-            with _unwarned():
-                state_dict_saver.save(state, checkpoint_id=folder)
+        with no_room(folder, f"; {self._kept()}"), _unwarned():
+            state_dict_saver.save(state, checkpoint_id=folder)
             if parallel.rank() == 0:  # save returns where all ranks have written
                 write_whole(folder / DONE, {"step": self.step, "settings": self._settings})
                 sync(folder.parent)
-        except (OSError, RuntimeError, CheckpointException) as error:  # torch's writer tells a full disk in its own way
-            why = (str(error).splitlines() or [type(error).__name__])[-1]
-            raise EngineError(
-                f"{folder} can't be written ({why}): {free(self._out)}; make room and go on with --resume;"
-                f" {self._kept()}"
-            ) from error
         if parallel.rank() == 0:
             for other in folder.parent.iterdir():
                 if other != folder:

@@ -18,6 +18,7 @@ from zscore.images import decode, load
 from zscore.patches import PixelOptions, target_size
 from zscore.records import Failure
 from zscore.samples import ReadOptions, read_samples
+from zscore_trainers.run_files import no_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -66,13 +67,14 @@ def collect(
     """
     found = []
     wanted = (sample for shard in shards for sample in read_samples(shard, options or ReadOptions()) if wants(sample))
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("wb") as file:
+    with path.open("wb") as file:
         for sample in _decoded(wanted):
             place = Place(file.tell(), len(sample.image), sha256(sample.image).hexdigest())
-            file.write(sample.image)
+            with no_room(path):
+                file.write(sample.image)
             found.append((replace(sample, image=b""), place))
-    draft.replace(path)
+        with no_room(path):
+            file.flush()
     return found
 
 

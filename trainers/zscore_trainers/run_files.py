@@ -6,17 +6,21 @@ last line may be half written; it is cut off before more is written, and passed 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from zscore.errors import UsageError
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from zscore.errors import EngineError, UsageError
 from zscore.store import sync
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 
@@ -37,19 +41,26 @@ class RunLock:
             self._out.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UsageError(f"--out {self._out} can't be made a folder: {error.strerror}: give another") from error
+            raise UsageError(
+                f"--out {self._out} can't be made a folder to write to: {error.strerror}: give another"
+            ) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
         except BlockingIOError:
             pid = os.pread(self._descriptor, 32, 0).decode() or "unknown"
             self.close()
             raise UsageError(f"--out {self._out} is in use by process {pid}: wait for it, or give another") from None
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            self.close()
+            raise UsageError(f"--out {self._out} can't be locked: {error.strerror}: give another") from error
 
     def close(self) -> None:
         """Let go of it, where it is held."""
         if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # children may hold the file open, too
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -63,9 +74,26 @@ def write_whole(file: Path, content: Mapping[str, Any]) -> None:
     sync(file.parent)
 
 
-def free(folder: Path) -> str:
-    """How much room there is, for people."""
-    return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are free"
+@contextlib.contextmanager
+def no_room(file: Path, note: str = "") -> Iterator[None]:
+    """Turn what the system says where it can't write into a line that says what to do.
+
+    Raises:
+        EngineError: with the room that is left.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise EngineError(_unwritten(file, error.strerror or str(error), note)) from error
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
+    except (RuntimeError, CheckpointException) as error:  # torch's writers tell a full disk in their own way
+        raise EngineError(_unwritten(file, (str(error).splitlines() or ["no reason"])[-1], note)) from error
+
+
+def _unwritten(file: Path, why: str, note: str) -> str:
+    free = shutil.disk_usage(file.parent if file.parent.exists() else file.parent.parent).free / 2**30
+    return f"{file} can't be written ({why}): {free:.1f} GiB are free; make room and go on with --resume{note}"
 
 
 def mend_log(file: Path) -> None:

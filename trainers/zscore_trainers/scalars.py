@@ -24,16 +24,24 @@ if TYPE_CHECKING:
 HELD_OUT = ("plcc_", "hpa_", "held_out_")
 
 
-def check(*, tensorboard: bool, project: str) -> None:
-    """Refuse a run that asks for what isn't installed, or for wandb without a login: before hours of work, not after.
+def require(*, tensorboard: bool, project: str) -> None:
+    """Refuse a run that asks for what isn't installed.
 
     Raises:
-        UsageError: says how to install it, or to log in.
+        UsageError: says how to install it.
     """
     asked = {"tensorboard": "tensorboard=true" if tensorboard else "", "wandb": f"wandb={project}" if project else ""}
     for package, setting in asked.items():
         if setting and find_spec(package) is None:
             raise UsageError(f"{setting} needs the package: pip install 'zscore-reward[{package}]'")
+
+
+def log_in(project: str) -> None:
+    """To wandb, where a project is named: before hours of work, not after.
+
+    Raises:
+        UsageError: there is no login.
+    """
     if project:
         import wandb
 

@@ -118,12 +118,15 @@ def test_prompts(source: str) -> set[str]:
     """Prompts of a table of annotations that are kept for evaluation.
 
     Raises:
-        TableError: it isn't one.
+        TableError: it isn't one, or keeps none.
     """
     found = _annotations(source)
     if found is None:
         raise TableError(f"{source} isn't a table of annotations (annotations.parquet), whose test prompts are wanted")
-    return set(found.filter(pl.col("split") == "test")["prompt"])
+    prompts = set(found.filter(pl.col("split") == "test")["prompt"])
+    if not prompts:
+        raise TableError(f"{source} has no test prompts to leave out: build it with a --test-share above 0")
+    return prompts
 
 
 def _is_pairs(source: str) -> bool:
@@ -139,7 +142,9 @@ def _annotations(source: str) -> pl.DataFrame | None:
         schema = pl.read_parquet_schema(source)
     except (OSError, pl.exceptions.PolarsError):
         return None  # open_scores says what is wrong with it
-    return pl.read_parquet(source) if {"shard", "index", "prompt", "split"} <= set(schema) else None
+    if not {"shard", "index", "prompt", "split"} <= set(schema):
+        return None
+    return pl.read_parquet(source).with_columns(pl.col("shard", "prompt", "split").cast(pl.String))
 
 
 def _from_labels(frame: pl.DataFrame, rubric: Rubric, split: str, source: str) -> Targets:
@@ -154,6 +159,8 @@ def _from_labels(frame: pl.DataFrame, rubric: Rubric, split: str, source: str) -
         raise TableError(
             f"{source} has labels or an index that are no numbers: {str(error).splitlines()[0]}"
         ) from error
+    if rows.select(pl.any_horizontal(pl.col("shard", "index").is_null()).any()).item():
+        raise TableError(f"{source} has rows without shard or index: nobody can tell whose labels they are")
     if rows.select(pl.struct("shard", "index").is_duplicated().any()).item():
         raise TableError(f"{source} has samples (shard, index) more than once: give it one row each")
     known_ND = ~np.isnan(labels_ND)

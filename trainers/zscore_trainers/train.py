@@ -112,6 +112,8 @@ def train(
     checkpoint = read_checkpoint(options.model)
     rubric = load_rubric(recipe.rubric)
     check(options, recipe)
+    if parallel.rank() == 0:
+        scalars.log_in(recipe.engine.wandb)
     targets = _targets(options, choice, rubric)
     builder = PromptBuilder(
         checkpoint.path,
@@ -201,7 +203,8 @@ def check(options: TrainOptions, recipe: Recipe) -> None:
         raise UsageError("opd: --teacher names the checkpoint that says how likely it finds the student's words")
     if options.teacher is not None:
         read_checkpoint(options.teacher)
-    scalars.check(tensorboard=recipe.engine.tensorboard, project=recipe.engine.wandb)
+    if parallel.rank() == 0:  # which shows the figures
+        scalars.require(tensorboard=recipe.engine.tensorboard, project=recipe.engine.wandb)
 
 
 def _check_ranks(choice: Choice, recipe: Recipe) -> None:
@@ -250,15 +253,13 @@ def _read_data(
     rest = [pair for pair in good if not is_held_out(pair[0].prompt, recipe.held_out)]
     if not rest:
         raise UsageError(f"all {len(good)} samples are held out: lower held_out (now {recipe.held_out})")
-    left_out = targets.left_out | {
-        what: count
-        for what, count in (
-            ("aren't in the shards", len(targets) - here),
-            (f"can't be used, the first of them {bad[0] if bad else ''}", len(bad)),
-            (f"have a test prompt of {options.without}", here - len(found)),
-        )
-        if count
+    why = {
+        "aren't in the shards": len(targets) - here,
+        f"can't be used, the first of them {bad[0] if bad else ''}": len(bad),
     }
+    left_out = targets.left_out | {what: count for what, count in why.items() if count}
+    if tested:
+        left_out[f"have a test prompt of {options.without}"] = here - len(found)
     return _Data(_train_set(rest, targets), _train_set(held, targets) if held else None, left_out)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from zscore.cli.reading import GroupKey, ImageKeys, MaxImageBytes, MaxTextBytes, PromptKeys, read_options
+from zscore.cli.render import plain
 from zscore.errors import InterruptedRunError
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ def train(
     from zscore_trainers.train import train as run
 
     console = Console(stderr=True)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     chosen = load_recipe(recipe, changes or [], algorithm)
     options = TrainOptions(
         algorithm=algorithm,
@@ -107,8 +110,8 @@ def train(
             options,
             chosen,
             show,
-            None if quiet else lambda *counts: console.print(_about(data, *counts), highlight=False, soft_wrap=True),
-            lambda: console.print(f"no checkpoint in {out} yet: starting from the beginning", soft_wrap=True),
+            None if quiet else lambda *counts: say(_about(data, *counts)),
+            lambda: say(f"no checkpoint in {out} yet: starting from the beginning"),
         )
     except KeyboardInterrupt:
         raise InterruptedRunError(
@@ -119,7 +122,7 @@ def train(
     for name, value in made.metrics.items():
         typer.echo(f"{name:<20} {value:.3f}")
     for reason, count in made.left_out.items():
-        typer.echo(f"{count:,} samples of {data} {reason}")
+        typer.echo(plain(f"{count:,} samples of {data} {reason}"))
     typer.echo(f"{made.steps:,} steps on {made.samples:,} samples: {made.model}")
 
 
@@ -132,7 +135,9 @@ def _set(value: object) -> str:
 
 def _about(data: str, samples: int, held_out: int, left_out: Mapping[str, int]) -> str:
     lines = [f"{count:,} samples of {data} {reason}" for reason, count in left_out.items()]
-    return "\n".join([*lines, f"training on {samples:,} samples, evaluating on {held_out:,} of other prompts"])
+    return "\n".join(
+        [*map(plain, lines), f"training on {samples:,} samples, evaluating on {held_out:,} of other prompts"]
+    )
 
 
 def _shown(console: Console, steps: int) -> Callable[[int, Mapping[str, float]], None]:
