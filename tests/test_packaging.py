@@ -147,7 +147,7 @@ def test_the_ranges_are_those_of_the_vllm_that_is_installed() -> None:
 
 def test_everything_that_is_imported_is_asked_for() -> None:
     extras = PROJECT["optional-dependencies"]
-    asked = [*PROJECT["dependencies"], *(line for name in ("s3", "vllm", "lora") for line in extras[name])]
+    asked = [*PROJECT["dependencies"], *(line for name in ("s3", "vllm", "lora", "wandb") for line in extras[name])]
     names = {canonicalize_name(Requirement(line).name) for line in asked}
     own = {"triton", *PACKAGES}  # triton comes with the CUDA builds of torch, and kernels do without it elsewhere
     owners = packages_distributions()

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from zscore_trainers.recipes import Recipe
+    from zscore_trainers.train import TrainOptions
+
 
 def train(
     algorithm: Annotated[
@@ -75,15 +78,9 @@ def train(
     On several GPUs, each with a share of the weights and of the batch:
       torchrun --nproc-per-node 8 -m zscore train risd shards/ --data teacher.parquet --model ... --out run/
     """
-    from rich.console import Console
-
-    from zscore_trainers.parallel import rank
-    from zscore_trainers.recipes import load_recipe, settings
+    from zscore_trainers.recipes import load_recipe
     from zscore_trainers.train import TrainOptions, check
-    from zscore_trainers.train import train as run
 
-    console = Console(stderr=True)
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     chosen = load_recipe(recipe, changes or [], algorithm)
     options = TrainOptions(
         algorithm=algorithm,
@@ -97,33 +94,50 @@ def train(
         read=read_options(image_keys, prompt_keys, group_key, max_image_bytes, max_text_bytes),
     )
     if dry_run:
-        from zscore_trainers.budget import plan
-
         check(options, chosen)
-        typer.echo(plan(chosen, recipe, model))
-        lines = (f"  {key}={_set(value)}" for key, value in settings(chosen).items())
-        typer.echo("\n".join(["", "settings (--set):", *lines]))
-        return
-    show = None if quiet else _shown(console, chosen.engine.steps)
+        typer.echo(_planned(chosen, recipe, model))
+    else:
+        _run(options, chosen, quiet=quiet)
+
+
+def _run(options: TrainOptions, recipe: Recipe, *, quiet: bool) -> None:
+    """Train, and say on the first process what came of it."""
+    from rich.console import Console
+
+    from zscore_trainers.parallel import rank
+    from zscore_trainers.train import train
+
+    console = Console(stderr=True)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     try:
-        made = run(
+        made = train(
             options,
-            chosen,
-            show,
-            None if quiet else lambda *counts: say(_about(data, *counts)),
-            lambda: say(f"no checkpoint in {out} yet: starting from the beginning"),
+            recipe,
+            None if quiet else _shown(console, recipe.engine.steps),
+            None if quiet else lambda *counts: say(_about(options.data, *counts)),
+            lambda: say(f"no checkpoint in {options.out} yet: starting from the beginning"),
         )
     except KeyboardInterrupt:
         raise InterruptedRunError(
-            f"interrupted: the same command with --resume goes on from the last checkpoint in {out}, where there is one"
+            f"interrupted: the same command with --resume goes on from the last checkpoint in {options.out}, if there is"
+            " one"
         ) from None
-    if rank():  # the first process says it
+    if rank():
         return
     for name, value in made.metrics.items():
         typer.echo(f"{name:<20} {value:.3f}")
     for reason, count in made.left_out.items():
-        typer.echo(plain(f"{count:,} samples of {data} {reason}"))
+        typer.echo(plain(f"{count:,} samples of {options.data} {reason}"))
     typer.echo(f"{made.steps:,} steps on {made.samples:,} samples: {made.model}")
+
+
+def _planned(chosen: Recipe, recipe: str, model: str) -> str:
+    """Memory and settings."""
+    from zscore_trainers.budget import plan
+    from zscore_trainers.recipes import settings
+
+    lines = (f"  {key}={_set(value)}" for key, value in settings(chosen).items())
+    return "\n".join([plan(chosen, recipe, model), "", "settings (--set):", *lines])
 
 
 def _set(value: object) -> str:
