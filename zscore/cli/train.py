@@ -119,8 +119,7 @@ def _run(options: TrainOptions, recipe: Recipe, *, quiet: bool) -> None:
         )
     except KeyboardInterrupt:
         raise InterruptedRunError(
-            f"interrupted: the same command with --resume goes on from the last checkpoint in {options.out}, if there is"
-            " one"
+            f"interrupted: the same command with --resume goes on from the last checkpoint in {options.out}, if any"
         ) from None
     if rank():
         return
