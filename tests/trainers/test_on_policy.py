@@ -273,7 +273,7 @@ class TestGdso:
         assert gradient.abs().max() < 1e-5  # all alike: no advantage
 
     def test_pairs_are_learned_by_heart(self, two_prompts, policy, tmp_path):
-        """Mean absolute error below 0.05 on the labels of eight pairs, which the model doesn't know: two prompts on four
+        """Mean absolute error below 0.05 on eight pairs' labels, which the model doesn't know: two prompts on four
         dimensions, reasonings held fixed.
 
         (A model of two layers that knows its words by heart forgets them while its scores move; what is under test are
