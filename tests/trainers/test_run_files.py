@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from zscore.errors import EngineError
 from zscore_trainers.engine import DONE, Engine, EngineConfig
 from zscore_trainers.run_files import mend_log, read_log, write_whole
 
@@ -80,7 +81,9 @@ class TestWriteWhole:
         first.step = 2
         synced = os.fsync
         monkeypatch.setattr(os, "fsync", lambda number: full() if DONE in opened(number) else synced(number))
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(
+            EngineError, match="No space left on device.*make room and go on with --resume; the last .*step-00000001"
+        ):
             first.save()
         again = engine(tmp_path)
         assert again.resume()
