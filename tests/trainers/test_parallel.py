@@ -158,7 +158,7 @@ class TestCommand:
 
     def test_what_the_first_rank_finds_wrong_is_said_once(self, world, tmp_path):  # noqa: F811
         (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "log.jsonl").touch()
+        (tmp_path / "run" / "log.jsonl").write_text('{"step": 1}\n')
         done = self.call(world, tmp_path / "run", *FAST, check=False)
         assert done.returncode
         assert done.stderr.count("holds a run already") == 1
