@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from _world_scores import DIMENSIONS
 
 from zscore.cli.app import build_app
 from zscore_trainers.world.base import make_base
+from zscore_trainers.world.scenes import DIMENSIONS
 from zscore_trainers.world.shards import WorldOptions, write_world
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from zscore.agreement import correlations, count_pairs
+from zscore_trainers.world.scenes import DIMENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-DIMENSIONS = ("alignment", "realism", "aesthetics", "plausibility")
 METRICS = ("plcc", "srcc", "hpa", "margin_hpa")
 
 

@@ -13,17 +13,20 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import polars as pl
 from _common import report
+from _world_scores import read
 
 from zscore.agreement import correlations, count_pairs
 from zscore_trainers.world.base import make_base
 from zscore_trainers.world.gates import gates, read_truth
 from zscore_trainers.world.scenes import DIMENSIONS
 from zscore_trainers.world.shards import WorldOptions, write_world
+
+if TYPE_CHECKING:
+    import polars as pl
 
 STEPS = 3000
 UNTIL = (1200, 1600, 2000, STEPS)
@@ -57,15 +60,13 @@ def scored(work: Path, model: Path, way: str) -> Path:
 
 def agreement(scores: Path, truth: pl.DataFrame) -> dict[str, dict[str, float]]:
     """PLCC and HPA with the truth, by dimension; a picture without scores counts as the middle."""
-    rows = pl.read_parquet(scores).join(truth, on="key", suffix="_true")
-    numbers = {name: at for at, name in enumerate(sorted(rows["group"].unique()))}
-    group_N = np.array([numbers[name] for name in rows["group"]])
+    both = read(scores, truth)
+    groups = int(both.group_N.max()) + 1
     found = {}
-    for name in DIMENSIONS:
-        score_N = rows[name].fill_null(3.0).to_numpy().astype(np.float64).round(9)
-        truth_N = rows[f"{name}_true"].to_numpy()
-        counts = count_pairs(score_N, truth_N, group_N, len(numbers))
-        plcc = correlations(score_N, truth_N, group_N, len(numbers))[1]["plcc"](np.ones((1, len(numbers))))
+    for at, name in enumerate(DIMENSIONS):
+        score_N, truth_N = both.score_ND[:, at], both.truth_ND[:, at]
+        counts = count_pairs(score_N, truth_N, both.group_N, groups)
+        plcc = correlations(score_N, truth_N, both.group_N, groups)[1]["plcc"](np.ones((1, groups)))
         found[name] = {"plcc": float(plcc[0]), "hpa": float(counts.right_G.sum() / counts.pairs_G.sum())}
     return found
 
